@@ -1,0 +1,5 @@
+from attnx.attention.api import UnsupportedError as UnsupportedError
+from attnx.attention.api import attend as attend
+from attnx.attention.api import attend_partial as attend_partial
+from attnx.attention.api import choose as choose
+from attnx.attention.spec import AttentionSpec as AttentionSpec

@@ -1,0 +1,154 @@
+"""Masks: relations between a query token and a key token, closed under `&`, `|` and `~`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attnx.core import struct
+from attnx.core.tokens import Tokens
+
+Bool = bool | jax.Array  # or a NumPy array: whatever comparing the ends of spans gives
+
+
+class Block(NamedTuple):
+  """What a mask says about a whole tile of pairs: EMPTY, PARTIAL (neither) or FULL.
+
+  The two answers are made of comparisons and combined by `|` and `&` alone, so that one piece of
+  code plans one tile with Python numbers, all tiles with NumPy before compilation, and all tiles
+  with traced arrays when positions are only known at run time.
+
+  Attributes:
+    empty: no pair may meet: skip the tile.
+    full: every pair may meet: skip the mask.
+  """
+
+  empty: Bool
+  full: Bool
+
+
+EMPTY = Block(empty=True, full=False)
+PARTIAL = Block(empty=False, full=False)  # unknown: evaluate the mask on the tile
+FULL = Block(empty=False, full=True)
+
+
+class Range(NamedTuple):
+  """lo .. hi, both ends included."""
+
+  lo: int | jax.Array
+  hi: int | jax.Array
+
+
+class Span(NamedTuple):
+  """The ranges that the tokens on one side of a tile stay within; padding is left out of them."""
+
+  index: Range
+  position: Range
+  segment: Range
+
+
+class Mask:
+  """Decides which pairs may meet.
+
+  `__call__` answers for tokens, `block` answers for tiles. `block` may always answer PARTIAL; when
+  it answers EMPTY or FULL it must agree with `__call__` on every pair of the tile.
+  """
+
+  needs: ClassVar[frozenset[str]] = frozenset()
+
+  def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
+    raise NotImplementedError
+
+  def block(self, q: Span, k: Span) -> Block:
+    del q, k
+    return PARTIAL
+
+  def __and__(self, other: Mask) -> Mask:
+    return And(self, other)
+
+  def __or__(self, other: Mask) -> Mask:
+    return Or(self, other)
+
+  def __invert__(self) -> Mask:
+    return Not(self)
+
+
+@struct.dataclass
+class Everything(Mask):
+  """Every pair."""
+
+  def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
+    return jnp.ones((), bool)
+
+  def block(self, q: Span, k: Span) -> Block:
+    return FULL
+
+
+@struct.dataclass
+class Causal(Mask):
+  """position_k <= position_q: keys that are not later than the query."""
+
+  def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
+    return k.position <= q.position
+
+  def block(self, q: Span, k: Span) -> Block:
+    q, k = q.position, k.position
+    return Block(empty=k.lo > q.hi, full=k.hi <= q.lo)
+
+
+@struct.dataclass
+class And(Mask):
+  """Pairs that both masks let meet."""
+
+  left: Mask
+  right: Mask
+
+  @property
+  def needs(self) -> frozenset[str]:
+    return self.left.needs | self.right.needs
+
+  def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
+    return self.left(q, k) & self.right(q, k)
+
+  def block(self, q: Span, k: Span) -> Block:
+    a, b = self.left.block(q, k), self.right.block(q, k)
+    return Block(empty=a.empty | b.empty, full=a.full & b.full)
+
+
+@struct.dataclass
+class Or(Mask):
+  """Pairs that either mask lets meet."""
+
+  left: Mask
+  right: Mask
+
+  @property
+  def needs(self) -> frozenset[str]:
+    return self.left.needs | self.right.needs
+
+  def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
+    return self.left(q, k) | self.right(q, k)
+
+  def block(self, q: Span, k: Span) -> Block:
+    a, b = self.left.block(q, k), self.right.block(q, k)
+    return Block(empty=a.empty & b.empty, full=a.full | b.full)
+
+
+@struct.dataclass
+class Not(Mask):
+  """Pairs that a mask keeps apart."""
+
+  inner: Mask
+
+  @property
+  def needs(self) -> frozenset[str]:
+    return self.inner.needs
+
+  def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
+    return ~self.inner(q, k)
+
+  def block(self, q: Span, k: Span) -> Block:
+    inner = self.inner.block(q, k)
+    return Block(empty=inner.full, full=inner.empty)

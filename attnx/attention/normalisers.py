@@ -1,0 +1,57 @@
+"""Normalisers: how scores become weights."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from attnx.attention.partial import Partial
+from attnx.core import struct
+
+
+class Normaliser:
+  """Turns scores into weights in two moves, so that the keys of a row may arrive in pieces.
+
+  `weigh` sees some keys of a row, `finish` sees the merged sums. A normaliser that must see the
+  whole row at once (top-k, entmax) says `needs = {"row"}` and is never given less.
+  """
+
+  needs: ClassVar[frozenset[str]] = frozenset()
+
+  def peak(self, scores: jax.Array, visible: jax.Array) -> jax.Array:
+    """The score (B, N, T) that the weights of these keys are best measured from.
+
+    Zero, unless the normaliser rescales; then -inf where nothing is visible.
+    """
+    del visible
+    return jnp.zeros(scores.shape[:-1], scores.dtype)
+
+  def weigh(self, scores: jax.Array, visible: jax.Array, peak: jax.Array) -> jax.Array:
+    """Unnormalised weights (B, N, T, S) measured from `peak`, zero where not visible.
+
+    Args:
+      scores: (B, N, T, S), float32.
+      visible: bool, broadcasts to `scores`.
+      peak: (B, N, T, 1), finite, at least `self.peak` of these keys; carries no gradient.
+    """
+    raise NotImplementedError
+
+  def finish(self, p: Partial) -> jax.Array:
+    """The output (B, T, N, V). Rows that saw no key come out as zero."""
+    raise NotImplementedError
+
+
+@struct.dataclass
+class Softmax(Normaliser):
+  """exp(s_j) / sum_k exp(s_k)."""
+
+  def peak(self, scores, visible):
+    return jnp.where(visible, scores, -jnp.inf).max(-1)
+
+  def weigh(self, scores, visible, peak):
+    return jnp.exp(jnp.where(visible, scores - peak, -jnp.inf))
+
+  def finish(self, p):
+    return p.out / jnp.where(p.mass > 0, p.mass, 1.0)[..., None]

@@ -1,0 +1,133 @@
+"""What to compute, apart from how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import enum
+
+import jax
+import jax.numpy as jnp
+
+from attnx.attention.masks import Everything, Mask
+from attnx.attention.normalisers import Normaliser, Softmax
+from attnx.attention.partial import Partial
+from attnx.attention.transforms import Readout, Transform
+from attnx.core import struct
+from attnx.core.tokens import Tokens
+
+
+class Need(enum.StrEnum):
+  """What a part of a spec may ask of an implementation, beyond tiles of keys in any order."""
+
+  HEADS = "heads"  # all heads of a score at once
+  ROW = "row"  # all keys of a row at once
+  INDEX = "index"  # dense arrays indexed by place
+  PARAMETERS = "parameters"  # arrays of its own, with gradients
+
+
+@struct.dataclass
+class AttentionSpec:
+  """out = edits(normaliser(mask(transforms(scale * q k^T)))) v + readouts.
+
+  Attributes:
+    mask: which pairs may meet.
+    transforms: elementwise edits of the scores, in order, before the mask.
+    normaliser: how scores become weights.
+    edits: elementwise edits of the weights, after the mass of the row has been counted: dropout,
+      gates, ablations.
+    readouts: what the weights read besides `value`: relative values.
+    scale: factor on q k^T; None means 1 / sqrt(H).
+  """
+
+  mask: Mask = Everything()
+  transforms: tuple[Transform, ...] = ()
+  normaliser: Normaliser = Softmax()
+  edits: tuple[Transform, ...] = ()
+  readouts: tuple[Readout, ...] = ()
+  scale: float | None = struct.static(None)
+
+  @classmethod
+  def from_mods(
+    cls,
+    mask_mod: Callable[..., jax.Array] | None = None,
+    score_mod: Callable[..., jax.Array] | None = None,
+    **parts,
+  ) -> AttentionSpec:
+    """The spec of FlexAttention-style functions (arXiv:2412.05496).
+
+    Args:
+      mask_mod: (batch, head, q_index, k_index) -> bool, True where the pair may meet.
+      score_mod: (score, batch, head, q_index, k_index) -> score, before the mask.
+      parts: other fields of the spec.
+
+    Both are called on integer arrays that broadcast, may close over arrays that are not
+    differentiated, and see places in the arrays (`Tokens.index`), as FlexAttention does.
+    """
+    if mask_mod is not None:
+      parts["mask"] = MaskMod(mask_mod)
+    if score_mod is not None:
+      parts["transforms"] = (ScoreMod(score_mod), *parts.get("transforms", ()))
+    return cls(**parts)
+
+  @property
+  def needs(self) -> frozenset[str]:
+    """What an implementation must offer beyond streaming over tiles of keys."""
+    parts = (self.mask, *self.transforms, self.normaliser, *self.edits, *self.readouts)
+    return frozenset().union(*(part.needs for part in parts))
+
+  def factor(self, head_dim: int) -> float:
+    """The scale that applies to keys of width H."""
+    return head_dim**-0.5 if self.scale is None else self.scale
+
+  def tables(self, query: jax.Array) -> tuple[jax.Array | None, ...]:
+    """What the transforms want to know of each query (B, T, N, H), as (B, N, T, R) each."""
+    query = query * self.factor(query.shape[-1])
+    tables = [transform.table(query) for transform in self.transforms]
+    return tuple(None if table is None else jnp.swapaxes(table, 1, 2) for table in tables)
+
+  def score(
+    self, products: jax.Array, q: Tokens, k: Tokens, tables: tuple[jax.Array | None, ...]
+  ) -> tuple[jax.Array, jax.Array]:
+    """Scaled products (B, N, T, S) to scores and which of them are visible, for one tile of keys.
+
+    Args:
+      products: scale * q k^T.
+      q, k: laid out by `Tokens.rows` and `Tokens.columns`.
+      tables: rows of what `tables` gave.
+    """
+    scores = products
+    for transform, table in zip(self.transforms, tables, strict=True):
+      scores = transform(scores, dataclasses.replace(q, table=table), k)
+    visible = self.mask(q, k) & (q.position >= 0) & (k.position >= 0)
+    return scores, jnp.broadcast_to(visible, scores.shape)
+
+  def edit(self, weights: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
+    """Weights to the weights that read values."""
+    for edit in self.edits:
+      weights = edit(weights, q, k)
+    return weights
+
+  def finish(self, p: Partial) -> jax.Array:
+    """The output (B, T, N, V) once every key has been seen."""
+    return self.normaliser.finish(p)
+
+
+@struct.dataclass
+class MaskMod(Mask):
+  """mask_mod(batch, head, q_index, k_index)."""
+
+  function: Callable[..., jax.Array] = struct.static()
+
+  def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
+    return self.function(q.batch, q.head, q.index, k.index)
+
+
+@struct.dataclass
+class ScoreMod(Transform):
+  """score_mod(score, batch, head, q_index, k_index)."""
+
+  function: Callable[..., jax.Array] = struct.static()
+
+  def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
+    return self.function(scores, q.batch, q.head, q.index, k.index)

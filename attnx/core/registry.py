@@ -1,0 +1,69 @@
+"""One file is one entry: `attnx/mechanisms/<interface>/<name>.py` ends with `ENTRY = Entry(...)`.
+
+There is no list to edit: `names` reads the folder, and `get` imports the one file it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+import dataclasses
+import difflib
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+FOLDER = "attnx.mechanisms"  # a name, not an import: this file lies below the mechanisms
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entry:
+  """A mechanism and what it declares about itself; the contract tests check every fact.
+
+  Attributes:
+    make: builds the object from keyword arguments.
+    paper: where it comes from, e.g. "arXiv:2309.08586".
+    facts: what it promises, e.g. {"causal", "streaming"}; each interface lists its words.
+    tiny: keyword arguments that make a small instance, for tests.
+    patterns: for mixers, the attention patterns that it holds exactly (`noncausal_self`,
+      `causal_self`, `noncausal_cross`, `causal_cross`), each with the keyword arguments that, on
+      top of `tiny`, make an instance of it.
+  """
+
+  make: Callable[..., Any]
+  paper: str
+  facts: AbstractSet[str] = frozenset()
+  tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  patterns: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+def names(interface: str) -> list[str]:
+  """Every entry of an interface, without importing any."""
+  folder = importlib.import_module(f"{FOLDER}.{interface}")
+  return sorted(module.name for module in pkgutil.iter_modules(folder.__path__))
+
+
+def get(interface: str, name: str) -> Entry:
+  """The entry of one file."""
+  if name not in (known := names(interface)):
+    near = difflib.get_close_matches(name, known)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
+    raise KeyError(f"{FOLDER}.{interface} has no {name!r}; {hint}")
+  return importlib.import_module(f"{FOLDER}.{interface}.{name}").ENTRY
+
+
+def build(interface: str, config: Any, **context: Any) -> Any:
+  """Builds an entry from its name, or from a mapping with a `name`; passes built objects through.
+
+  The mapping holds what the user decides, and must fit the entry. `context` holds what the
+  surroundings offer (dim, num_heads, rngs), of which the entry takes what its signature names.
+  """
+  if isinstance(config, str):
+    config = {"name": config}
+  if not isinstance(config, Mapping):
+    return config
+  chosen = dict(config)
+  make = get(interface, chosen.pop("name")).make
+  wanted = inspect.signature(make.__init__ if inspect.isclass(make) else make).parameters
+  return make(**{name: value for name, value in context.items() if name in wanted} | chosen)
