@@ -6,6 +6,7 @@ from collections.abc import Callable
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from attnx.attention import chunked, reference
 from attnx.attention.partial import Partial
@@ -33,7 +34,7 @@ class Implementation:
 
   def why_not(self, q, k, v, spec: AttentionSpec) -> str | None:
     if missing := spec.needs - self.offers:
-      return f"does not offer {sorted(missing)}"
+      return f"does not offer {sorted(map(str, missing))}"
     return self.refusal(q, k, v, spec)
 
 
@@ -43,15 +44,20 @@ IMPLEMENTATIONS = {  # in order of preference
 }
 
 
-def choose(q, k, v, spec: AttentionSpec, implementation: str = "auto") -> Implementation:
-  """The implementation that will run; raises `UnsupportedError` with the reason of each refusal."""
+def choose(q, k, v, spec: AttentionSpec, implementation: str = "auto") -> str:
+  """The name of the implementation that will run.
+
+  Raises:
+    UnsupportedError: none can, with the reason of each refusal.
+    ValueError: there is no implementation of that name.
+  """
   names = list(IMPLEMENTATIONS) if implementation == "auto" else [implementation]
   refusals = {}
   for name in names:
     if name not in IMPLEMENTATIONS:
-      raise ValueError(f"implementation={name!r} is not one of {list(IMPLEMENTATIONS)}")
+      raise ValueError(f"implementation={name!r} is not one of {['auto', *IMPLEMENTATIONS]}")
     if (reason := IMPLEMENTATIONS[name].why_not(q, k, v, spec)) is None:
-      return IMPLEMENTATIONS[name]
+      return name
     refusals[name] = reason
   raise UnsupportedError(
     "no implementation can run this call:\n"
@@ -69,7 +75,7 @@ def attend(
   k_tokens: Tokens | None = None,
   implementation: str = "auto",
 ) -> jax.Array:
-  """Attention.
+  """normaliser(mask(transforms(scale * q k^T))) v, for everything that a spec can say.
 
   Args:
     query: (B, T, N, H).
@@ -82,18 +88,60 @@ def attend(
 
   Returns:
     (B, T, N, V) in the dtype of `value`. Rows with no visible key are zero.
+
+  Raises:
+    TypeError, ValueError: an argument is of the wrong kind, or shapes do not fit each other.
+    UnsupportedError: no implementation can run the call.
   """
-  q_tokens = Tokens.of_length(query.shape[1]) if q_tokens is None else q_tokens
-  k_tokens = Tokens.of_length(key.shape[1]) if k_tokens is None else k_tokens
-  impl = choose(query, key, value, spec, implementation)
-  p = impl.partial(query, key, value, spec, q_tokens, k_tokens)
+  p = attend_partial(
+    query, key, value, spec, q_tokens=q_tokens, k_tokens=k_tokens, implementation=implementation
+  )
   return spec.finish(p).astype(value.dtype)
 
 
 def attend_partial(
-  query, key, value, spec, *, q_tokens, k_tokens, implementation="auto"
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  spec: AttentionSpec,
+  *,
+  q_tokens: Tokens | None = None,
+  k_tokens: Tokens | None = None,
+  implementation: str = "auto",
 ) -> Partial:
-  """`attend` over some of the keys; `merge` partials, then `spec.finish`."""
-  return choose(query, key, value, spec, implementation).partial(
-    query, key, value, spec, q_tokens, k_tokens
-  )
+  """`attend` over some of the keys; `merge` the partials of all keys, then `spec.finish`."""
+  check(query, key, value, spec, q_tokens, k_tokens)
+  q_tokens = Tokens.of_length(query.shape[1]) if q_tokens is None else q_tokens
+  k_tokens = Tokens.of_length(key.shape[1]) if k_tokens is None else k_tokens
+  query, key, value = (jnp.asarray(x) for x in (query, key, value))
+  name = choose(query, key, value, spec, implementation)
+  return IMPLEMENTATIONS[name].partial(query, key, value, spec, q_tokens, k_tokens)
+
+
+def check(q, k, v, spec, q_tokens: Tokens | None = None, k_tokens: Tokens | None = None) -> None:
+  """Raises unless the arguments of `attend` are of the right kinds and fit each other."""
+  for name, x, axes in (("query", q, "BTNH"), ("key", k, "BSKH"), ("value", v, "BSKV")):
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+      raise TypeError(f"{name} is a {type(x).__name__}; expected an array ({', '.join(axes)})")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      raise TypeError(f"{name} has dtype {x.dtype}; expected a floating one: cast it first")
+    if len(x.shape) != 4 or 0 in x.shape:
+      raise ValueError(f"{name} has shape {x.shape}; expected ({', '.join(axes)}), none of them 0")
+  if not isinstance(spec, AttentionSpec):
+    raise TypeError(f"spec is a {type(spec).__name__}; expected an AttentionSpec")
+  (B, T, N, H), (S, K) = q.shape, k.shape[1:3]
+  if k.shape[0] != B or k.shape[3] != H:
+    raise ValueError(f"key has shape {k.shape}; expected ({B}, S, K, {H}) beside query {q.shape}")
+  if v.shape[:3] != k.shape[:3]:
+    raise ValueError(f"value has shape {v.shape}; expected ({B}, {S}, {K}, V) beside key {k.shape}")
+  if N % K:
+    raise ValueError(f"key has {K} heads, which must divide the {N} heads of query")
+  for name, tokens, length in (("q_tokens", q_tokens, T), ("k_tokens", k_tokens, S)):
+    if tokens is None:
+      continue
+    if not isinstance(tokens, Tokens):
+      raise TypeError(f"{name} is a {type(tokens).__name__}; expected Tokens")
+    for field in ("index", "position", "segment"):
+      shape = getattr(tokens, field).shape
+      if shape not in ((1, length), (B, length)):
+        raise ValueError(f"{name}.{field} has shape {shape}; expected (1, {length}) or {(B, length)}")

@@ -99,6 +99,53 @@ class Causal(Mask):
 
 
 @struct.dataclass
+class Window(Mask):
+  """-after <= position_q - position_k <= before: keys near the query.
+
+  Attributes:
+    before: how far back a query sees; 0 is itself alone.
+    after: how far ahead; 0 makes the window causal.
+  """
+
+  before: int = struct.static()
+  after: int = struct.static(0)
+
+  def __post_init__(self):
+    if self.before < 0 or self.after < 0:
+      raise ValueError(f"before={self.before} and after={self.after} must not be negative")
+
+  def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
+    distance = q.position - k.position
+    return (distance <= self.before) & (distance >= -self.after)
+
+  def block(self, q: Span, k: Span) -> Block:
+    q, k = q.position, k.position
+    nearest, farthest = q.lo - k.hi, q.hi - k.lo  # the smallest and the largest q - k of the tile
+    return Block(
+      empty=(nearest > self.before) | (farthest < -self.after),
+      full=(farthest <= self.before) & (nearest >= -self.after),
+    )
+
+
+@struct.dataclass
+class Dense(Mask):
+  """visible[b, n, t, s], an array indexed by place that broadcasts to (B, N, T, S)."""
+
+  needs: ClassVar[frozenset[str]] = frozenset({"index"})
+
+  visible: jax.Array
+
+  def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
+    return pick(self.visible, q, k)
+
+
+def pick(array: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
+  """The entries of a dense (#B, #N, #T, #S) array that belong to a tile of tokens."""
+  at = [q.batch, q.head, q.index, k.index]
+  return array[tuple(0 if size == 1 else i for size, i in zip(array.shape, at, strict=True))]
+
+
+@struct.dataclass
 class And(Mask):
   """Pairs that both masks let meet."""
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from attnx.core import struct
+from attnx.attention.masks import pick
+from attnx.core import random, struct
 from attnx.core.tokens import Tokens
 
 
@@ -64,7 +65,27 @@ class Add(Transform):
     return scores + pick(self.bias, q, k).astype(scores.dtype)
 
 
-def pick(array: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
-  """The entries of a dense (#B, #N, #T, #S) array that belong to a tile of tokens."""
-  at = [q.batch, q.head, q.index, k.index]
-  return array[tuple(0 if size == 1 else i for size, i in zip(array.shape, at, strict=True))]
+@struct.dataclass
+class Dropout(Transform):
+  """As an edit: w / (1 - rate) where the hash of (key, batch, head, place_q, place_k) keeps it.
+
+  Attributes:
+    key: a JAX key; the same key drops the same weights in every implementation and layout.
+    rate: share that is dropped, in [0, 1).
+    shared: drop the same pairs of places in every row of the batch and every head.
+  """
+
+  needs: ClassVar[frozenset[str]] = frozenset({"index"})
+
+  key: jax.Array
+  rate: float = struct.static()
+  shared: bool = struct.static(False)
+
+  def __post_init__(self):
+    if not 0 <= self.rate < 1:
+      raise ValueError(f"rate={self.rate} must be in [0, 1)")
+
+  def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
+    pair = (q.index, k.index) if self.shared else (q.batch, q.head, q.index, k.index)
+    kept = random.keep(self.key, self.rate, *pair)
+    return jnp.where(kept, scores / (1 - self.rate), 0.0)

@@ -1,0 +1,146 @@
+"""`dot_product_attention` with the signature of `jax.nn`: a door for code written against it."""
+
+from __future__ import annotations
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+
+from attnx.attention import api, masks, transforms
+from attnx.attention.spec import AttentionSpec
+from attnx.core.tokens import Tokens
+
+
+def dot_product_attention(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  bias: jax.Array | None = None,
+  mask: jax.Array | None = None,
+  *,
+  scale: float | None = None,
+  is_causal: bool = False,
+  query_seq_lengths: jax.Array | None = None,
+  key_value_seq_lengths: jax.Array | None = None,
+  local_window_size: int | tuple[int, int] | None = None,
+  implementation: str | None = None,
+  return_residual: bool = False,
+  dropout_rng: jax.Array | None = None,
+  dropout_rate: float = 0.0,
+  broadcast_dropout: bool = False,
+  deterministic: bool = False,
+  dtype: jax.typing.DTypeLike | None = None,
+  precision: jax.lax.PrecisionLike = None,
+  module: object = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+  """softmax(scale * q k^T + bias) v, as `jax.nn.dot_product_attention` and in linear memory.
+
+  The arguments up to `return_residual` are those of `jax.nn`; the rest are what flax's
+  `MultiHeadAttention` (nnx and linen) passes to its `attention_fn`. Three things differ from
+  `jax.nn`: rows that see no key are zero (not the mean of the values), the residual has a gradient,
+  and it stays in float32.
+
+  Args:
+    query: (..., T, N, H), any leading axes.
+    key: (..., S, K, H); K divides N.
+    value: (..., S, K, V).
+    bias: broadcasts to (..., N, T, S); has a gradient.
+    mask: bool, broadcasts to (..., N, T, S); True where the pair may meet.
+    scale: factor on q k^T; None means 1 / sqrt(H).
+    is_causal: query t sees keys 0 .. t.
+    query_seq_lengths: (B,); later queries are padding, and zero.
+    key_value_seq_lengths: (B,); later keys are padding.
+    local_window_size: (left, right), or one number for both.
+    implementation: a name of `attnx.attention.api.IMPLEMENTATIONS`; None is "auto" and "xla" is
+      "chunked".
+    return_residual: also return the log-sum-exp of the scores, (..., T, N), -inf for empty rows.
+    dropout_rng, dropout_rate: dropout of the weights, unless `deterministic`.
+    broadcast_dropout: True drops the same pairs in every row of the batch and every head.
+    deterministic: no dropout.
+    dtype: what the inputs are cast to first.
+    precision, module: only None.
+
+  Returns:
+    (..., T, N, V) in the dtype of `value`, and the residual where asked for.
+
+  Raises:
+    NotImplementedError: `precision` or `module` (sowing of weights) is given.
+    ValueError: shapes do not fit each other.
+  """
+  if precision is not None or module is not None:
+    raise NotImplementedError(
+      "dot_product_attention takes no precision and no module (sow_weights): leave them out, and "
+      "use jax.default_matmul_precision or attnx.attention.reference.weights"
+    )
+  if dtype is not None:
+    query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
+  leading = query.shape[:-3]
+  spec = AttentionSpec(
+    mask=_mask(_flatten(mask, leading), is_causal, local_window_size),
+    transforms=() if bias is None else (transforms.Add(_flatten(bias, leading)),),
+    edits=_dropout(dropout_rng, 0.0 if deterministic else dropout_rate, broadcast_dropout),
+    scale=scale,
+  )
+  query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+  where = dict(
+    q_tokens=_tokens(query, query_seq_lengths, "query_seq_lengths"),
+    k_tokens=_tokens(key, key_value_seq_lengths, "key_value_seq_lengths"),
+  )
+  name = {None: "auto", "xla": "chunked"}.get(implementation, implementation)
+  p = api.attend_partial(query, key, value, spec, **where, implementation=name)
+  out = spec.finish(p).astype(value.dtype)
+  out = out.reshape(*leading, *out.shape[1:])
+  if not return_residual:
+    return out
+  lse = jnp.where(p.mass > 0, p.peak + jnp.log(jnp.where(p.mass > 0, p.mass, 1.0)), -jnp.inf)
+  return out, lse.reshape(*leading, *lse.shape[1:])
+
+
+def _flatten(array: jax.Array | None, leading: tuple[int, ...]) -> jax.Array | None:
+  """A bias or mask that broadcasts to (..., N, T, S) as (#B, #N, #T, #S)."""
+  if array is None:
+    return None
+  leading = leading or (1,)
+  if array.ndim > len(leading) + 3:
+    raise ValueError(f"a bias or mask of shape {array.shape} has more axes than (..., N, T, S)")
+  array = array.reshape((1,) * (len(leading) + 3 - array.ndim) + array.shape)
+  if any(size > 1 for size in array.shape[:-3]):
+    array = jnp.broadcast_to(array, (*leading, *array.shape[-3:]))
+  return array.reshape(-1, *array.shape[-3:])
+
+
+def _mask(
+  dense: jax.Array | None, is_causal: bool, window: int | tuple[int, int] | None
+) -> masks.Mask:
+  """The masks that are asked for, and-ed."""
+  parts: list[masks.Mask] = []
+  if dense is not None:
+    if dense.dtype != bool:
+      raise TypeError(f"mask has dtype {dense.dtype}; expected bool: an additive mask is a bias")
+    parts.append(masks.Dense(dense))
+  if is_causal:
+    parts.append(masks.Causal())
+  if window is not None:
+    before, after = (window, window) if isinstance(window, int) else window
+    parts.append(masks.Window(before, after))
+  return functools.reduce(operator.and_, parts) if parts else masks.Everything()
+
+
+def _dropout(
+  key: jax.Array | None, rate: float, broadcast: bool
+) -> tuple[transforms.Transform, ...]:
+  if rate == 0.0:
+    return ()
+  if key is None:
+    raise ValueError(f"dropout_rate={rate} needs dropout_rng, or deterministic=True")
+  return (transforms.Dropout(key, rate, broadcast),)
+
+
+def _tokens(x: jax.Array, lengths: jax.Array | None, name: str) -> Tokens:
+  if lengths is None:
+    return Tokens.of_length(x.shape[1])
+  if jnp.shape(lengths) != x.shape[:1]:
+    raise ValueError(f"{name} has shape {jnp.shape(lengths)}; expected {x.shape[:1]}")
+  return Tokens.of_lengths(lengths, x.shape[1])
