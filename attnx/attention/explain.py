@@ -1,0 +1,106 @@
+"""Why is it slow, why does it not run: every implementation, its reason and its cost."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from attnx.attention import api, plan
+from attnx.attention.spec import AttentionSpec
+from attnx.core.tokens import Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What one implementation says of a call.
+
+  Attributes:
+    name: of the implementation.
+    verdict: "runs" for the one that "auto" takes, "could run", or why not.
+    flops: of the two products over the tiles that it visits, forward; None where it cannot run.
+    bytes: of the arguments and the result, which have to be moved at least once.
+    memory: temporary bytes of the compiled forward pass on this backend.
+  """
+
+  name: str
+  verdict: str
+  flops: int | None = None
+  bytes: int | None = None
+  memory: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+  """A row for each implementation, and the plan of tiles; prints as a table."""
+
+  call: str
+  rows: tuple[Row, ...]
+  tiles: str
+
+  @property
+  def runs(self) -> str | None:
+    """The implementation that `attend` takes by itself; None if none can."""
+    return next((row.name for row in self.rows if row.verdict == "runs"), None)
+
+  def __str__(self) -> str:
+    head = ("implementation", "verdict", "GFLOP", "MiB moved", "MiB temporary")
+    size = lambda x, unit: "" if x is None else f"{x / unit:,.3f}"
+    body = [
+      (r.name, r.verdict, size(r.flops, 1e9), size(r.bytes, 2**20), size(r.memory, 2**20))
+      for r in self.rows
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    lines = [
+      "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+      for row in (head, tuple("-" * width for width in widths), *body)
+    ]
+    return "\n".join([self.call, self.tiles, *lines])
+
+
+def explain(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  spec: AttentionSpec = AttentionSpec(),
+  *,
+  q_tokens: Tokens | None = None,
+  k_tokens: Tokens | None = None,
+) -> Explanation:
+  """What `attend` would do with these arguments, and what the alternatives cost.
+
+  Nothing runs: arrays may be `jax.ShapeDtypeStruct`. The implementations that can run are compiled
+  for the present backend, to read their memory.
+
+  Args:
+    query, key, value, spec, q_tokens, k_tokens: as for `attend`.
+
+  Returns:
+    An `Explanation`; print it.
+
+  Raises:
+    TypeError, ValueError: as `attend`.
+  """
+  api.check(query, key, value, spec, q_tokens, k_tokens)
+  (B, T, N, H), (_, S, K, V) = query.shape, value.shape
+  q_tokens = Tokens.of_length(T) if q_tokens is None else q_tokens
+  k_tokens = Tokens.of_length(S) if k_tokens is None else k_tokens
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
+  moved = sum(x.size * x.dtype.itemsize for x in shapes) + B * T * N * V * value.dtype.itemsize
+  tiles = plan.summary(spec, *shapes, q_tokens, k_tokens)
+  rows: list[Row] = []
+  for name, implementation in api.IMPLEMENTATIONS.items():
+    if (reason := implementation.why_not(*shapes, spec)) is not None:
+      rows.append(Row(name, reason))
+      continue
+    run = lambda q, k, v, f=implementation.partial: spec.finish(f(q, k, v, spec, q_tokens, k_tokens))
+    memory = jax.jit(run).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    pairs = T * S if name == "reference" else tiles.pairs
+    taken = any(row.verdict == "runs" for row in rows)
+    flops = 2 * B * N * (H + V) * pairs
+    rows.append(Row(name, "could run" if taken else "runs", flops, moved, memory))
+  call = (
+    f"B={B} T={T} S={S} N={N} K={K} H={H} V={V} {value.dtype.name} on {jax.default_backend()}, "
+    f"needs {sorted(map(str, spec.needs)) or 'nothing'}\nmask {spec.mask}"
+  )
+  return Explanation(call, tuple(rows), str(tiles))
