@@ -5,7 +5,7 @@ There is no list to edit: `names` reads the folder, and `get` imports the one fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 import dataclasses
 import difflib
@@ -47,9 +47,7 @@ def names(interface: str) -> list[str]:
 def get(interface: str, name: str) -> Entry:
   """The entry of one file."""
   if name not in (known := names(interface)):
-    near = difflib.get_close_matches(name, known)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
-    raise KeyError(f"{FOLDER}.{interface} has no {name!r}; {hint}")
+    raise KeyError(f"{FOLDER}.{interface} has no {name!r}; {suggestion(name, known)}")
   return importlib.import_module(f"{FOLDER}.{interface}.{name}").ENTRY
 
 
@@ -64,6 +62,28 @@ def build(interface: str, config: Any, **context: Any) -> Any:
   if not isinstance(config, Mapping):
     return config
   chosen = dict(config)
-  make = get(interface, chosen.pop("name")).make
-  wanted = inspect.signature(make.__init__ if inspect.isclass(make) else make).parameters
-  return make(**{name: value for name, value in context.items() if name in wanted} | chosen)
+  if not isinstance(name := chosen.pop("name", None), str):
+    raise ValueError(f"{interface} wants a mapping with a name, got {dict(config)}")
+  make = get(interface, name).make
+  wanted = arguments(make)
+  for key in chosen:
+    if key not in wanted:
+      raise TypeError(f"{interface}.{name} takes no {key!r}; {suggestion(key, wanted)}")
+  given = {key: value for key, value in context.items() if key in wanted} | chosen
+  missing = [k for k, p in wanted.items() if p.default is p.empty and k not in given]
+  if missing:
+    raise TypeError(f"{interface}.{name} needs {' and '.join(map(repr, missing))}")
+  return make(**given)
+
+
+def arguments(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+  """The parameters of a function or of the constructor of a class, by name."""
+  signature = inspect.signature(make.__init__ if inspect.isclass(make) else make)
+  return {name: p for name, p in signature.parameters.items() if name != "self"}
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+  """"did you mean ...?" where something known is near, else everything that is known."""
+  if near := difflib.get_close_matches(str(name), known := sorted(known)):
+    return f"did you mean {' or '.join(map(repr, near))}?"
+  return f"known: {', '.join(known) or 'nothing'}"

@@ -1,0 +1,59 @@
+"""Building by name: what the user writes must fit, what the surroundings offer is taken if wanted."""
+
+import hypothesis
+from hypothesis import strategies as st
+import pytest
+
+from attnx.core import registry
+
+INTERFACES = [
+  "masks", "transforms", "normalisers", "edits", "positions", "features", "combiners", "mixers",
+  "caches", "analyses",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_every_file_of_an_interface_is_an_entry(interface):
+  entries = [registry.get(interface, name) for name in registry.names(interface)]
+  assert entries and all(isinstance(entry, registry.Entry) and entry.make for entry in entries)
+
+
+def test_every_entry_says_where_it_comes_from():
+  for interface in INTERFACES:
+    for name in registry.names(interface):
+      assert registry.get(interface, name).paper, f"{interface}.{name}"
+
+
+def test_a_near_name_is_suggested():
+  with pytest.raises(KeyError, match="has no 'casual'; did you mean 'causal'"):
+    registry.build("masks", "casual")
+
+
+def test_a_misspelt_argument_is_named():
+  with pytest.raises(TypeError, match="masks.sliding_window takes no 'windw'; did you mean"):
+    registry.build("masks", dict(name="sliding_window", windw=3))
+
+
+def test_a_missing_argument_is_named():
+  with pytest.raises(TypeError, match="transforms.alibi needs 'num_heads'"):
+    registry.build("transforms", "alibi")
+
+
+def test_the_surroundings_offer_and_the_user_decides():
+  alibi = registry.build("transforms", "alibi", num_heads=4, dim=7)
+  assert alibi.num_heads == 4
+  chosen = registry.build("transforms", dict(name="alibi", num_heads=2), num_heads=4)
+  assert chosen.num_heads == 2
+
+
+def test_built_objects_pass_through():
+  built = registry.build("masks", "causal")
+  assert registry.build("masks", built) is built
+
+
+@hypothesis.given(st.text(max_size=8), st.dictionaries(st.text(max_size=4), st.integers(), max_size=2))
+def test_any_name_and_arguments_raise_one_sentence_of_a_stated_kind(name, extra):
+  hypothesis.assume(name not in registry.names("normalisers"))
+  with pytest.raises((KeyError, TypeError, ValueError)) as error:
+    registry.build("normalisers", {**extra, "name": name})
+  assert len(error.value.args) == 1 and "normalisers" in error.value.args[0]
