@@ -1,3 +1,3 @@
-"""Attention in JAX: mechanisms, kernels and distribution. Import the subpackages; this file is empty."""
+"""Attention in JAX: mechanisms, kernels and distribution. Import the subpackages."""
 
 __version__ = "0.1.0"

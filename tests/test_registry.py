@@ -1,4 +1,4 @@
-"""Building by name: what the user writes must fit, what the surroundings offer is taken if wanted."""
+"""Building by name: the user must fit the entry, the surroundings are taken if wanted."""
 
 import hypothesis
 from hypothesis import strategies as st
@@ -51,7 +51,10 @@ def test_built_objects_pass_through():
   assert registry.build("masks", built) is built
 
 
-@hypothesis.given(st.text(max_size=8), st.dictionaries(st.text(max_size=4), st.integers(), max_size=2))
+EXTRA = st.dictionaries(st.text(max_size=4), st.integers(), max_size=2)
+
+
+@hypothesis.given(st.text(max_size=8), EXTRA)
 def test_any_name_and_arguments_raise_one_sentence_of_a_stated_kind(name, extra):
   hypothesis.assume(name not in registry.names("normalisers"))
   with pytest.raises((KeyError, TypeError, ValueError)) as error:

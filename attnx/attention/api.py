@@ -144,4 +144,5 @@ def check(q, k, v, spec, q_tokens: Tokens | None = None, k_tokens: Tokens | None
     for field in ("index", "position", "segment"):
       shape = getattr(tokens, field).shape
       if shape not in ((1, length), (B, length)):
-        raise ValueError(f"{name}.{field} has shape {shape}; expected (1, {length}) or {(B, length)}")
+        expected = f"(1, {length}) or ({B}, {length})"
+        raise ValueError(f"{name}.{field} has shape {shape}; expected {expected}")

@@ -79,7 +79,7 @@ def dot_product_attention(
   leading = query.shape[:-3]
   spec = AttentionSpec(
     mask=_mask(_flatten(mask, leading), is_causal, local_window_size),
-    transforms=() if bias is None else (transforms.Add(_flatten(bias, leading)),),
+    transforms=_bias(_flatten(bias, leading)),
     edits=_dropout(dropout_rng, 0.0 if deterministic else dropout_rate, broadcast_dropout),
     scale=scale,
   )
@@ -88,7 +88,7 @@ def dot_product_attention(
     q_tokens=_tokens(query, query_seq_lengths, "query_seq_lengths"),
     k_tokens=_tokens(key, key_value_seq_lengths, "key_value_seq_lengths"),
   )
-  name = {None: "auto", "xla": "chunked"}.get(implementation, implementation)
+  name = {None: "auto", "xla": "chunked"}.get(implementation) or str(implementation)
   p = api.attend_partial(query, key, value, spec, **where, implementation=name)
   out = spec.finish(p).astype(value.dtype)
   out = out.reshape(*leading, *out.shape[1:])
@@ -126,6 +126,10 @@ def _mask(
     before, after = (window, window) if isinstance(window, int) else window
     parts.append(masks.Window(before, after))
   return functools.reduce(operator.and_, parts) if parts else masks.Everything()
+
+
+def _bias(dense: jax.Array | None) -> tuple[transforms.Transform, ...]:
+  return () if dense is None else (transforms.Add(dense),)
 
 
 def _dropout(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from attnx.core import struct
 from attnx.core.tokens import Tokens
 
-Bool = bool | jax.Array  # or a NumPy array: whatever comparing the ends of spans gives
+Bool = Any  # a bool, or a NumPy or JAX array of them: whatever comparing the ends of spans gives
 
 
 class Block(NamedTuple):
@@ -37,11 +37,12 @@ FULL = Block(empty=False, full=True)
 class Range(NamedTuple):
   """lo .. hi, both ends included."""
 
-  lo: int | jax.Array
-  hi: int | jax.Array
+  lo: Any
+  hi: Any
 
 
-class Span(NamedTuple):
+@struct.dataclass
+class Span:
   """The ranges that the tokens on one side of a tile stay within; padding is left out of them."""
 
   index: Range
@@ -94,8 +95,8 @@ class Causal(Mask):
     return k.position <= q.position
 
   def block(self, q: Span, k: Span) -> Block:
-    q, k = q.position, k.position
-    return Block(empty=k.lo > q.hi, full=k.hi <= q.lo)
+    at, of = q.position, k.position
+    return Block(empty=of.lo > at.hi, full=of.hi <= at.lo)
 
 
 @struct.dataclass
@@ -119,8 +120,8 @@ class Window(Mask):
     return (distance <= self.before) & (distance >= -self.after)
 
   def block(self, q: Span, k: Span) -> Block:
-    q, k = q.position, k.position
-    nearest, farthest = q.lo - k.hi, q.hi - k.lo  # the smallest and the largest q - k of the tile
+    nearest = q.position.lo - k.position.hi  # the smallest and the largest q - k of the tile
+    farthest = q.position.hi - k.position.lo
     return Block(
       empty=(nearest > self.before) | (farthest < -self.after),
       full=(farthest <= self.before) & (nearest >= -self.after),

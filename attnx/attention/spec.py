@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import enum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,9 @@ class AttentionSpec:
   @property
   def needs(self) -> frozenset[str]:
     """What an implementation must offer beyond streaming over tiles of keys."""
-    parts = (self.mask, *self.transforms, self.normaliser, *self.edits, *self.readouts)
-    return frozenset().union(*(part.needs for part in parts))
+    mods: tuple[Any, ...] = (*self.transforms, *self.edits, *self.readouts)
+    needs = self.mask.needs | self.normaliser.needs
+    return needs.union(*(part.needs for part in mods))
 
   def factor(self, head_dim: int) -> float:
     """The scale that applies to keys of width H."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,13 +43,13 @@ class Tokens:
     The coordinates are NumPy arrays when `offset` is a number, so that implementations can plan
     which tiles to visit before anything is compiled; `offset` may also be (B, 1), one per row.
     """
-    index = np.arange(length, dtype=np.int32)[None]
+    index: Any = np.arange(length, dtype=np.int32)[None]
     return cls(index=index, position=index + offset, segment=np.zeros_like(index))
 
   @classmethod
   def of_lengths(cls, lengths: jax.Array, length: int) -> Tokens:
     """Rows whose first `lengths` (B,) places of `length` hold one document; the rest is padding."""
-    index = np.arange(length, dtype=np.int32)[None]
+    index: Any = np.arange(length, dtype=np.int32)[None]
     position = jnp.where(index < jnp.asarray(lengths)[:, None], index, -1)
     return cls(index=index, position=position, segment=np.zeros_like(index))
 
@@ -57,13 +58,13 @@ class Tokens:
 
   def rows(self, batch: int, num_heads: int) -> Tokens:
     """As queries: (#B, 1, T, 1), with batch (B, 1, 1, 1) and head (1, N, 1, 1)."""
-    laid_out = jax.tree.map(lambda x: x[:, None, :, None], self)
+    laid_out = jax.tree.map(lambda x: jnp.asarray(x)[:, None, :, None], self)
     return dataclasses.replace(
       laid_out,
-      batch=np.arange(batch, dtype=np.int32)[:, None, None, None],
-      head=np.arange(num_heads, dtype=np.int32)[None, :, None, None],
+      batch=jnp.arange(batch)[:, None, None, None],
+      head=jnp.arange(num_heads)[None, :, None, None],
     )
 
   def columns(self) -> Tokens:
     """As keys: (#B, 1, 1, S)."""
-    return jax.tree.map(lambda x: x[:, None, None, :], self)
+    return jax.tree.map(lambda x: jnp.asarray(x)[:, None, None, :], self)
