@@ -4,7 +4,7 @@ WORKDIR ?= runs/stdlib_bytes
 JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: train test test-slow lint catalogue clean
+.PHONY: train test test-slow lint docs catalogue clean
 
 train: .venv/run
 	$(BIN)/python -m attnx.train --config configs/stdlib_bytes.py --workdir $(WORKDIR)
@@ -18,6 +18,10 @@ test-slow: .venv/test
 lint: .venv/test
 	$(BIN)/python -m flake8 attnx pallas_kernels configs experiments tests
 	$(BIN)/python -m mypy
+
+docs: .venv/run
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs attnx
 
 catalogue: .venv/run
 	$(BIN)/python -m attnx.analysis.catalogue
