@@ -1,0 +1,1 @@
+"""One file is one dataset: `attnx/data/sources/<name>.py` ends with `DATASET = ...`."""
