@@ -47,20 +47,28 @@ class Source(Protocol):
   def __getitem__(self, index: int) -> Example: ...
 
 
-class Dataset(Protocol):
-  """A dataset with its arguments; a file ends with `DATASET = ` the class that builds it.
+class Dataset:
+  """A dataset with its arguments; a file ends with `DATASET = ` the class that they build.
 
   Attributes:
     rows: how examples become rows: None if each example is one row of the final shape, else
       `pipeline.Padded`, `pipeline.Fitted` or `pipeline.Joined`.
+    augment: (example, rng) to example, for training examples, anew in every epoch; None for none.
   """
 
-  rows: Any
+  rows: Any = None
+  augment: Callable[[Example, np.random.Generator], Example] | None = None
 
-  def describe(self) -> Description: ...
+  def describe(self) -> Description:
+    raise NotImplementedError
+
+  def sample(self, rng: np.random.Generator, split: str) -> Example:
+    """Draws an example, for synthetic tasks; others have `source`."""
+    raise NotImplementedError
 
   def source(self, split: str, seed: int) -> Source:
     """The examples of a split. Only generated training examples depend on the seed."""
+    return Generated(self, split, seed)
 
 
 class Generated:
@@ -69,24 +77,30 @@ class Generated:
   Evaluation splits are the same for every seed, so that runs with different seeds compare.
   """
 
-  def __init__(self, dataset: Any, split: str, seed: int):
+  def __init__(self, dataset: Dataset, split: str, seed: int):
     self.dataset, self.split = dataset, split
+    self.size = getattr(dataset, f"{split}_examples")
     self.key = (seed, 0) if split == "train" else (0, dataset.describe().splits.index(split))
 
   def __len__(self) -> int:
-    return getattr(self.dataset, split_size(self.split))
+    return self.size
 
   def __getitem__(self, index: int) -> Example:
     rng = np.random.default_rng((*self.key, index))
     return self.dataset.sample(rng, self.split)
 
 
-def split_size(split: str) -> str:
-  """The name of the argument that says how many examples a split of a generator has."""
-  return f"{split}_examples"
-
-
 def at_least(name: str, value: int, least: int, why: str = "") -> None:
   """Refuses a value of an argument that is no integer, or too small."""
   if not isinstance(value, int) or isinstance(value, bool) or value < least:
     raise ValueError(f"{name}={value!r} must be an integer of at least {least}{why}")
+
+
+def encode_bytes(text: str) -> np.ndarray:
+  """Ids of a text in UTF-8, one a byte."""
+  return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+
+def decode_bytes(ids: Sequence[int]) -> str:
+  """The text of ids that are bytes; what is no UTF-8 becomes a replacement character."""
+  return bytes(np.asarray(ids, np.uint8)).decode(errors="replace")

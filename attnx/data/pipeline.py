@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 import dataclasses
 import sys
-from typing import Any
 
 import grain
 import numpy as np
@@ -108,8 +106,8 @@ def completed(rows: list[Example], batch: int) -> dict[str, np.ndarray]:
   return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def shuffle_seed(seed: int) -> int:
-  """Grain adds the epoch to the seed: neighbouring seeds must not be neighbours there."""
+def unlike(seed: int) -> int:
+  """A seed for Grain, which adds the epoch to it: neighbours must not be neighbours there."""
   return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
@@ -119,7 +117,9 @@ def iterate(
   """Batches of one process, `batch // count` rows each; see `attnx.data.batches`."""
   examples = grain.MapDataset.source(dataset.source(split, seed))
   if train := split == "train":
-    examples = examples.shuffle(seed=shuffle_seed(seed)).repeat()
+    examples = examples.shuffle(seed=unlike(seed)).repeat()
+    if dataset.augment is not None:
+      examples = examples.random_map(dataset.augment, seed=unlike(seed))
   read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 
   # Examples that are rows stay random access: the state is one number.
@@ -139,12 +139,3 @@ def iterate(
   whole = stream.batch(batch, batch_fn=lambda rows: completed(rows, batch))
   mine = slice(index * local, (index + 1) * local)
   return iter(whole.map(lambda rows: {name: value[mine] for name, value in rows.items()}))
-
-
-def checked(example: Mapping[str, Any]) -> Example:
-  """inputs and targets int32 and weights float32, of one length."""
-  return dict(
-    inputs=np.asarray(example["inputs"], np.int32),
-    targets=np.asarray(example["targets"], np.int32),
-    weights=np.asarray(example["weights"], np.float32),
-  )

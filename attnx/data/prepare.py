@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
+import contextlib
+import io
 import os
 import pathlib
 import tempfile
 from typing import Any
 
-import tensorflow_datasets as tfds
-
-Examples = Callable[[], Mapping[str, Iterator[dict[str, Any]]]]
+from absl import logging
 
 
 def data_dir(chosen: str | None = None) -> pathlib.Path:
@@ -19,28 +19,38 @@ def data_dir(chosen: str | None = None) -> pathlib.Path:
   return pathlib.Path(chosen or default).expanduser()
 
 
-def prepared(builder: type[tfds.core.GeneratorBasedBuilder], where: str | None = None, **kwargs):
-  """A builder of our own whose files exist, prepared now if they do not.
+def prepared(make: Callable[..., Any], where: str | None = None, *, quiet: bool = True) -> Any:
+  """A TFDS builder whose files exist, made now if they do not.
 
   The files are written beside their final place and renamed into it, so that a reader never meets
   half a dataset, and of several processes that prepare it at once the first wins.
 
   Args:
-    builder: the class.
+    make: the builder, from `data_dir` and `file_format`.
     where: see `data_dir`.
-    **kwargs: for the class.
+    quiet: hides the progress bars of TFDS, which a download deserves.
   """
   root = data_dir(where)
-  final = pathlib.Path(builder(data_dir=os.fspath(root), **kwargs).data_dir)
-  if not (final / "dataset_info.json").exists():
-    final.parent.mkdir(parents=True, exist_ok=True)
+  final = pathlib.Path(make(data_dir=os.fspath(root)).data_dir)
+  if not written(final):
+    root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".preparing-") as scratch:
-      tfds.disable_progress_bar()
-      made = builder(data_dir=scratch, file_format="array_record", **kwargs)
-      made.download_and_prepare()
+      builder = make(data_dir=scratch, file_format="array_record")
+      logging.info("preparing %s in %s, once", builder.name, final)
+      with contextlib.ExitStack() as stack:
+        if quiet:
+          stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+          stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        builder.download_and_prepare(download_dir=os.fspath(root / "downloads"))
+      final.parent.mkdir(parents=True, exist_ok=True)
       try:
-        pathlib.Path(made.data_dir).rename(final)
+        pathlib.Path(builder.data_dir).rename(final)
       except OSError:
-        if not (final / "dataset_info.json").exists():
+        if not written(final):
           raise
-  return builder(data_dir=os.fspath(root), file_format="array_record", **kwargs)
+  return make(data_dir=os.fspath(root))
+
+
+def written(folder: pathlib.Path) -> bool:
+  """Whether a dataset is whole: TFDS writes this file last, and folders are renamed when whole."""
+  return (folder / "dataset_info.json").exists()

@@ -6,12 +6,12 @@ import dataclasses
 
 import numpy as np
 
-from attnx.data.dataset import ENDLESS, Description, Example, Generated, Source, at_least
+from attnx.data.dataset import ENDLESS, Dataset, Description, Example, at_least
 from attnx.data.pipeline import Padded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Copying:
+class Copying(Dataset):
   """Rows "x_1 .. x_n 0 x_1 .. x_n" with symbols in 1 .. vocab-1; only the copy is scored.
 
   Args:
@@ -42,9 +42,6 @@ class Copying:
 
   def describe(self) -> Description:
     return Description(kind="tokens", vocab=self.vocab, length=2 * self.length)
-
-  def source(self, split: str, seed: int) -> Source:
-    return Generated(self, split, seed)
 
   def sample(self, rng: np.random.Generator, split: str) -> Example:
     size = rng.integers(self.shortest or self.length, self.length, endpoint=True)

@@ -13,8 +13,8 @@ import sysconfig
 import numpy as np
 import tensorflow_datasets as tfds
 
-from attnx.data import prepare
-from attnx.data.dataset import Description, Example, Source, at_least
+from attnx.data import dataset, prepare
+from attnx.data.dataset import Dataset, Description, Example, Source, at_least
 
 SEPARATOR = 0  # between files; no Python source holds a NUL
 HELD_OUT = 0.08  # of the files, by the hash of their path
@@ -22,13 +22,14 @@ NOT_OURS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 TABLES = {"encodings", "pydoc_data"}  # written by programs, and a tenth of all bytes
 
 
-class StdlibBytes(tfds.core.GeneratorBasedBuilder):
+class StdlibBytesBuilder(tfds.core.GeneratorBasedBuilder):
   """Files `*.py` of the standard library, sorted by path; one version for each version of Python.
 
-  Tests, generated tables and installed packages are left out. A file is held out if the hash of its path says so, so
-  that the split hardly changes from one Python to the next.
+  Tests, generated tables and installed packages are left out. The hash of its path says whether a
+  file is held out, so that the split hardly changes from one Python to the next.
   """
 
+  name = "stdlib_bytes"
   VERSION = tfds.core.Version(".".join(map(str, sys.version_info[:3])))
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -71,7 +72,7 @@ def is_held_out(path: str) -> bool:
 @functools.lru_cache
 def corpus(split: str, data_dir: str | None) -> np.ndarray:
   """All bytes of a split, uint8: its files in order of their paths, each followed by a NUL."""
-  files = prepare.prepared(StdlibBytes, data_dir).as_data_source(split=split)
+  files = prepare.prepared(StdlibBytesBuilder, data_dir).as_data_source(split=split)
   end = np.array([SEPARATOR], np.uint8)
   return np.concatenate([part for file in files for part in (file["text"], end)])
 
@@ -97,7 +98,7 @@ class Windows:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StdlibBytesDataset:
+class StdlibBytes(Dataset):
   """Windows of T bytes of the concatenated files; ids are bytes, 0 separates files.
 
   Args:
@@ -107,7 +108,6 @@ class StdlibBytesDataset:
 
   length: int = 512
   data_dir: str | None = None
-  rows = None
 
   def __post_init__(self):
     at_least("length", self.length, 1)
@@ -117,8 +117,8 @@ class StdlibBytesDataset:
       kind="tokens",
       vocab=256,
       length=self.length,
-      encode=lambda text: np.frombuffer(text.encode(), np.uint8).astype(np.int32),
-      decode=lambda ids: bytes(np.asarray(ids, np.uint8)).decode(errors="replace"),
+      encode=dataset.encode_bytes,
+      decode=dataset.decode_bytes,
       raw=lambda split: corpus(split, self.data_dir).tobytes(),
     )
 
@@ -126,4 +126,4 @@ class StdlibBytesDataset:
     return Windows(corpus(split, self.data_dir), self.length)
 
 
-DATASET = StdlibBytesDataset
+DATASET = StdlibBytes
