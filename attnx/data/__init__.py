@@ -12,8 +12,6 @@ import importlib
 import pkgutil
 from typing import Any
 
-import grain
-
 from attnx.core import registry
 from attnx.data import pipeline
 from attnx.data.dataset import Dataset, Description
@@ -66,7 +64,7 @@ def batches(
   seed: int,
   process_index: int = 0,
   process_count: int = 1,
-) -> grain.DatasetIterator:
+) -> pipeline.Batches:
   """An iterator of batches, with `get_state` and `set_state`; the state is JSON.
 
   A batch is a dict of NumPy arrays. Tokens: `inputs`, `targets` (b, T) int32 and `weights` (b, T)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Any
 
 import grain
 import numpy as np
@@ -111,9 +112,39 @@ def unlike(seed: int) -> int:
   return int(np.random.SeedSequence(seed).generate_state(1)[0])
 
 
+class Batches(grain.DatasetIterator):
+  """A Grain iterator whose state is JSON and says what it is a state of."""
+
+  def __init__(self, parent: grain.DatasetIterator, **origin: Any):
+    super().__init__(parent)
+    self._origin = origin
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    return next(self._parent)
+
+  def get_state(self) -> dict[str, Any]:
+    return self._origin | {"iterator": self._parent.get_state()}
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes where `state` was taken; refuses a state of other data or another batch size."""
+    saved = {key: value for key, value in state.items() if key != "iterator"}
+    if saved != self._origin:
+      differ = [k for k in {**saved, **self._origin} if saved.get(k) != self._origin.get(k)]
+      was, now = ({k: side.get(k) for k in differ} for side in (saved, self._origin))
+      raise ValueError(f"this state of the data was saved with {was} and cannot go on with {now}")
+    self._parent.set_state(tuples(state["iterator"]))
+
+
+def tuples(state: Any) -> Any:
+  """A state as Grain gave it: JSON made lists of tuples, which Grain compares with tuples."""
+  if isinstance(state, dict):
+    return {key: tuples(value) for key, value in state.items()}
+  return tuple(map(tuples, state)) if isinstance(state, list) else state
+
+
 def iterate(
   dataset: Dataset, *, batch: int, split: str, seed: int, index: int, count: int
-) -> grain.DatasetIterator:
+) -> Batches:
   """Batches of one process, `batch // count` rows each; see `attnx.data.batches`."""
   examples = grain.MapDataset.source(dataset.source(split, seed))
   if train := split == "train":
@@ -121,21 +152,23 @@ def iterate(
     if dataset.augment is not None:
       examples = examples.random_map(dataset.augment, seed=unlike(seed))
   read = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+  local = batch // count
+  origin = dict(dataset=type(dataset).__name__, split=split, seed=seed, batch=batch)
 
-  # Examples that are rows stay random access: the state is one number.
+  # Examples that are rows stay random access: the state is one number, the same in every process.
   if dataset.rows is None or isinstance(dataset.rows, Padded):
     if dataset.rows is not None:
       examples = examples.map(dataset.rows.pad)
     rows = Rows(examples, batch=batch, index=index, count=count)
-    return iter(rows.batch(batch // count).to_iter_dataset(read))
+    return Batches(iter(rows.batch(local).to_iter_dataset(read)), **origin)
 
   # Packed rows are a stream. In training every process packs examples of its own; evaluation is
   # packed by every process alike, so that all have the same number of batches.
-  local = batch // count
   if train:
-    stream = examples[index::count].to_iter_dataset(read)
-    return iter(dataset.rows.pack(stream, seed=seed).batch(local))
+    stream = dataset.rows.pack(examples[index::count].to_iter_dataset(read), seed=seed)
+    return Batches(iter(stream.batch(local)), **origin, process=f"{index} of {count}")
   stream = dataset.rows.pack(examples.to_iter_dataset(read), seed=None)
   whole = stream.batch(batch, batch_fn=lambda rows: completed(rows, batch))
   mine = slice(index * local, (index + 1) * local)
-  return iter(whole.map(lambda rows: {name: value[mine] for name, value in rows.items()}))
+  own = whole.map(lambda rows: {name: value[mine] for name, value in rows.items()})
+  return Batches(iter(own), **origin)

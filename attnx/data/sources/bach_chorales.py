@@ -29,7 +29,8 @@ class BachChoralesBuilder(tfds.core.GeneratorBasedBuilder):
 
   `pitches` (steps, 4): MIDI note sounding at each sixteenth, 0 for a rest. `notes` (steps, 4): how
   many notes of the voice have begun by then, to tell a held note from a repeated one. Repeats are
-  not played out. Chorales equal up to transposition are kept once. The usual split into 229, 76 and
+  not played out. Of chorales equal up to transposition one is kept, and of those whose voices rest
+  for more than a fifth of the time, while instruments play, none. The usual split into 229, 76 and
   77 goes by numbers that music21 does not have: here the hash of the file name orders the chorales.
   """
 
@@ -75,7 +76,7 @@ class BachChoralesBuilder(tfds.core.GeneratorBasedBuilder):
 
 
 def read(path: pathlib.Path) -> dict[str, Any] | None:
-  """A chorale on its grid, or None where there are not just the four voices to be found."""
+  """A chorale on its grid, or None where there is more to it than four voices that sing."""
   from music21 import converter
 
   parts = converter.parse(path, forceSource=True, storePickle=False).parts
@@ -95,6 +96,8 @@ def read(path: pathlib.Path) -> dict[str, Any] | None:
       begun += note.tie is None or note.tie.type == "start"
       grid[0, first:last, voice] = note.pitch.midi
       grid[1, first:, voice] = begun
+  if (grid[0] == 0).mean() > 0.2:
+    return None
   return {"name": path.stem, "pitches": grid[0], "notes": grid[1]}
 
 

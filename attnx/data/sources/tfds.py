@@ -35,7 +35,8 @@ def builder(name: str, where: str | None) -> Any:
   except (OSError, ImportError, tfds.download.DownloadError) as error:
     raise OSError(
       f"{name} is not prepared in {roots[0]} and could not be prepared now, because "
-      f"{reason(error)}; prepare it where that works, with file_format='array_record', and copy it"
+      f"{reason(error)}; prepare it where there is a network and TensorFlow, with "
+      "file_format='array_record', and copy it"
     ) from error
   if found.info.file_format not in tfds.core.FileFormat.with_random_access():
     raise ValueError(
@@ -46,8 +47,10 @@ def builder(name: str, where: str | None) -> Any:
 
 
 def reason(error: BaseException) -> str:
-  """One line of an exception."""
-  return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+  """One line about what began it."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
 
 
 class Texts:
@@ -75,6 +78,7 @@ class Tfds(Dataset):
   """Images with labels (uint8, of one size, scaled to 0 .. 1), or texts as bytes.
 
   Texts are put end to end with their segments and cut every `length` bytes; 0 begins and ends one.
+  Reading never needs TensorFlow; the first preparation of many TFDS datasets does.
 
   Args:
     dataset: its TFDS name, with config and version if wanted: "mnist", "lm1b:1.1.0".
