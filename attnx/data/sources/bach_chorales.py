@@ -79,7 +79,8 @@ def read(path: pathlib.Path) -> dict[str, Any] | None:
   """A chorale on its grid, or None where there is more to it than four voices that sing."""
   from music21 import converter
 
-  parts = converter.parse(path, forceSource=True, storePickle=False).parts
+  score: Any = converter.parse(path, forceSource=True, storePickle=False)  # and nothing unpickled
+  parts = score.parts
   named = [[p for p in parts if (p.partName or "").startswith(voice)] for voice in VOICES]
   if all(len(found) == 1 for found in named):
     parts = [part for (part,) in named]
@@ -194,7 +195,7 @@ class BachChorales(Dataset):
     return Pieces([moved(text, self.transpose) for text in texts], self.length)
 
   def augment(self, example: Example, rng: np.random.Generator) -> Example:
-    by = rng.integers(-self.transpose, self.transpose, endpoint=True)
+    by = int(rng.integers(-self.transpose, self.transpose, endpoint=True))
     return dict(example) | {name: moved(example[name], by) for name in ("inputs", "targets")}
 
 

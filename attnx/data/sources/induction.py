@@ -41,8 +41,8 @@ class Induction(Dataset):
   def sample(self, rng: np.random.Generator, split: str) -> Example:
     length = self.length if split == "train" else self.eval_length or self.length
     inputs = rng.integers(0, self.vocab - 1, length, dtype=np.int32)
-    first = rng.integers(length - 2)
-    inputs[[first, -1]] = self.vocab - 1
+    first = int(rng.integers(length - 2))
+    inputs[first] = inputs[-1] = self.vocab - 1
     last = np.arange(length) == length - 1
     targets = np.where(last, inputs[first + 1], 0).astype(np.int32)
     return dict(inputs=inputs, targets=targets, weights=last.astype(np.float32))

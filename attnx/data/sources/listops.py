@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import random
 
@@ -12,7 +13,7 @@ from attnx.data.pipeline import Fitted, Padded
 
 TOKENS = ("<pad>", "[MIN", "[MAX", "[MED", "[SM", "]", *map(str, range(10)))
 IDS = {token: i for i, token in enumerate(TOKENS)}
-OPERATORS = {
+OPERATORS: dict[str, Callable[[list[int]], int]] = {
   "[MIN": min,
   "[MAX": max,
   "[MED": lambda values: median(values),

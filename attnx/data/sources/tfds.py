@@ -56,7 +56,7 @@ def reason(error: BaseException) -> str:
 class Texts:
   """Documents as bytes: inputs 0 b_1 .. b_n, targets b_1 .. b_n 0."""
 
-  def __init__(self, source: Source, key: str):
+  def __init__(self, source: Any, key: str):
     self.source, self.key = source, key
 
   def __len__(self) -> int:
