@@ -1,4 +1,4 @@
 """Elementwise changes of weights: `attnx.attention.transforms.Transform` in `AttentionSpec.edits`.
 
-Facts: `mean_one`, an edited weight is the weight itself on average over keys of the edit.
+Facts: `unbiased`, an edited weight is the weight itself on average over the random key.
 """
