@@ -85,16 +85,15 @@ def explain(
   (B, T, N, H), (_, S, K, V) = query.shape, value.shape
   q_tokens = Tokens.of_length(T) if q_tokens is None else q_tokens
   k_tokens = Tokens.of_length(S) if k_tokens is None else k_tokens
-  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
+  q, k, v = shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
   moved = sum(x.size * x.dtype.itemsize for x in shapes) + B * T * N * V * value.dtype.itemsize
-  tiles = plan.summary(spec, *shapes, q_tokens, k_tokens)
+  tiles = plan.summary(spec, q, k, v, q_tokens, k_tokens)
   rows: list[Row] = []
   for name, implementation in api.IMPLEMENTATIONS.items():
-    if (reason := implementation.why_not(*shapes, spec)) is not None:
+    if (reason := implementation.why_not(q, k, v, spec)) is not None:
       rows.append(Row(name, reason))
       continue
-    run = lambda q, k, v, f=implementation.partial: spec.finish(f(q, k, v, spec, q_tokens, k_tokens))
-    memory = jax.jit(run).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+    memory = temporary(implementation.partial, shapes, spec, q_tokens, k_tokens)
     pairs = T * S if name == "reference" else tiles.pairs
     taken = any(row.verdict == "runs" for row in rows)
     flops = 2 * B * N * (H + V) * pairs
@@ -104,3 +103,10 @@ def explain(
     f"needs {sorted(map(str, spec.needs)) or 'nothing'}\nmask {spec.mask}"
   )
   return Explanation(call, tuple(rows), str(tiles))
+
+
+def temporary(partial, shapes, spec: AttentionSpec, q_tokens, k_tokens) -> int | None:
+  """Bytes that the compiled forward pass wants beside its arguments; None if XLA does not tell."""
+  run = lambda q, k, v: spec.finish(partial(q, k, v, spec, q_tokens, k_tokens))
+  analysis = jax.jit(run).lower(*shapes).compile().memory_analysis()
+  return None if analysis is None else analysis.temp_size_in_bytes

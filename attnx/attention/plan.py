@@ -13,6 +13,9 @@ from attnx.attention.masks import Mask, Range, Span
 from attnx.core.tokens import Tokens
 
 
+EMPTY, PARTIAL, FULL = range(3)  # kinds of a tile
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """What a mask says of every tile: NumPy arrays where tokens are known on the host, else traced.
@@ -25,9 +28,9 @@ class Plan:
   empty: Any
   full: Any
 
-  @property
-  def static(self) -> bool:
-    return isinstance(self.empty, np.ndarray) and isinstance(self.full, np.ndarray)
+  def kinds(self) -> Any:
+    """EMPTY, PARTIAL or FULL for every tile, (nq, nk) int32."""
+    return 1 - self.empty.astype(np.int32) + self.full.astype(np.int32)
 
 
 def tiles(mask: Mask, q_tokens: Tokens, k_tokens: Tokens, q_chunk: int, k_chunk: int) -> Plan:
@@ -116,42 +119,51 @@ class Summary:
 
 def summary(spec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> Summary:
   """The plan that the chunked path follows for a call; arrays may be shapes only."""
-  T, S = q.shape[1], k.shape[1]
-  bq, bk = chunks(spec, q, k, v)
-  concrete = lambda t: jax.tree.map(lambda x: x if _traced(x) else np.asarray(x), t)
-  sides = pad(concrete(q_tokens), -(-T // bq) * bq), pad(concrete(k_tokens), -(-S // bk) * bk)
-  plan = tiles(concrete(spec.mask), *sides, bq, bk)
+  bq, bk = chunks(spec, q, k, v, q_tokens, k_tokens)
+  return outcome(spec.mask, q_tokens, k_tokens, bq, bk)
+
+
+def outcome(mask: Mask, q_tokens: Tokens, k_tokens: Tokens, q_chunk: int, k_chunk: int) -> Summary:
+  """What is left to visit with tiles of a size."""
+  T, S = q_tokens.position.shape[1], k_tokens.position.shape[1]
+  host = lambda tree: jax.tree.map(lambda x: x if _traced(x) else np.asarray(x), tree)
+  sides = [(host(q_tokens), T, q_chunk), (host(k_tokens), S, k_chunk)]
+  padded = [pad(tokens, -(-length // chunk) * chunk) for tokens, length, chunk in sides]
+  plan = tiles(host(mask), *padded, q_chunk, k_chunk)
   if _traced(plan.empty) or _traced(plan.full):
-    return Summary(bq, bk, None, None, None, T * S)
+    return Summary(q_chunk, k_chunk, None, None, None, T * S)
   empty, full = np.asarray(plan.empty), np.asarray(plan.full)
-  sizes = (np.minimum(n - np.arange(0, n, b), b) for n, b in ((T, bq), (S, bk)))
+  sizes = (np.minimum(n - np.arange(0, n, chunk), chunk) for _, n, chunk in sides)
   pairs = int((~empty * np.multiply.outer(*sizes)).sum())
   e, f = int(empty.sum()), int(full.sum())
-  return Summary(bq, bk, e, empty.size - e - f, f, pairs)
+  return Summary(q_chunk, k_chunk, e, empty.size - e - f, f, pairs)
 
 
 def _traced(x: Any) -> bool:
   return isinstance(x, jax.core.Tracer)
 
 
-def chunks(spec, q, k, v) -> tuple[int, int]:
-  """Queries and keys of a tile, from the shapes of a call.
+def chunks(spec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> tuple[int, int]:
+  """Queries and keys of a tile, from the shapes of a call and what its mask leaves to visit.
 
-  A tile holds at most `SCORES` scores over all heads and batch rows, so that it stays in cache, but
-  at least 128 tokens a side, so that its products are worth a call. A part of the spec that
-  is an array of pairs itself lets tiles grow to its size. A normaliser that wants whole rows gets
-  all keys at once, and fewer queries.
+  A tile holds about `SCORES` scores over all heads and rows of the batch, so that it stays in
+  cache, but 128 to 1024 queries, so that its products are worth a call; half as many queries where
+  that spares more pairs than the smaller products cost. A part of the spec that is an array of
+  pairs itself lets tiles grow to its size. A normaliser that wants whole rows gets all keys at
+  once, and fewer queries.
   """
   (B, T, N, _), S = q.shape, k.shape[1]
-  largest = max((np.size(x) for x in jax.tree.leaves(spec)), default=0)
-  scores = max(SCORES, largest)
+  scores = max(SCORES, *(np.size(x) for x in jax.tree.leaves((spec, 0))))
   if "row" in spec.needs:
     return even(T, max(1, scores // (B * N * S))), S
-  k_chunk = even(S, max(128, min(1024, scores // (B * N * 512))))
-  return even(T, max(128, scores // (B * N * k_chunk))), k_chunk
+  k_chunk = even(S, KEYS)
+  large = even(T, min(max(128, scores // (B * N * k_chunk)), 1024))
+  small = even(T, max(128, large // 2))
+  coarse, fine = (outcome(spec.mask, q_tokens, k_tokens, x, k_chunk).pairs for x in (large, small))
+  return small if coarse > 1.1 * fine else large, k_chunk
 
 
-SCORES = 2**21
+SCORES, KEYS = 2**20, 256
 
 
 def even(length: int, limit: int) -> int:

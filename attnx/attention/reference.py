@@ -37,7 +37,8 @@ def unnormalised(
   products = jnp.einsum("btkgh,bskh->bkgts", q.reshape(B, T, K, N // K, H), k)
   products = products.reshape(B, N, T, S) * spec.factor(H)
   rows, columns = q_tokens.rows(B, N), k_tokens.columns()
-  scores, visible = spec.score(products, rows, columns, spec.tables(q))
+  scores = spec.score(products, rows, columns, spec.tables(q))
+  visible = jnp.broadcast_to(spec.visible(rows, columns), scores.shape)
   peak = jax.lax.stop_gradient(spec.normaliser.peak(scores, visible))
   origin = jnp.where(jnp.isneginf(peak), 0.0, peak)[..., None]
   return spec.normaliser.weigh(scores, visible, origin), peak, visible

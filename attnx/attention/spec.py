@@ -90,19 +90,21 @@ class AttentionSpec:
 
   def score(
     self, products: jax.Array, q: Tokens, k: Tokens, tables: tuple[jax.Array | None, ...]
-  ) -> tuple[jax.Array, jax.Array]:
-    """Scaled products (B, N, T, S) to scores and which of them are visible, for one tile of keys.
+  ) -> jax.Array:
+    """Scaled products (B, N, T, S) to scores, for one tile of keys.
 
     Args:
       products: scale * q k^T.
       q, k: laid out by `Tokens.rows` and `Tokens.columns`.
       tables: rows of what `tables` gave.
     """
-    scores = products
     for transform, table in zip(self.transforms, tables, strict=True):
-      scores = transform(scores, dataclasses.replace(q, table=table), k)
-    visible = self.mask(q, k) & (q.position >= 0) & (k.position >= 0)
-    return scores, jnp.broadcast_to(visible, scores.shape)
+      products = transform(products, dataclasses.replace(q, table=table), k)
+    return products
+
+  def visible(self, q: Tokens, k: Tokens) -> jax.Array:
+    """Which pairs meet: those of the mask whose tokens exist; broadcasts to (B, N, T, S)."""
+    return self.mask(q, k) & (q.position >= 0) & (k.position >= 0)
 
   def edit(self, weights: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
     """Weights to the weights that read values."""
