@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -43,7 +45,7 @@ class Dilated(Mask):
     return (self.dilation,) if isinstance(self.dilation, int) else self.dilation
 
   def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
-    step = self.steps[0]
+    step: Any = self.steps[0]
     for head, other in enumerate(self.steps[1:], 1):  # no array is captured: kernels forbid it
       step = jnp.where(q.head == head, other, step)
     distance = q.position - k.position

@@ -54,13 +54,13 @@ class ChosenTokens(Mask):
   chosen: jax.Array
 
   def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
-    return self._of(q, q.batch) | self._of(k, q.batch)
+    return self._of(q.position, q.batch) | self._of(k.position, q.batch)
 
-  def _of(self, tokens: Tokens, batch: jax.Array) -> jax.Array:
+  def _of(self, position: jax.Array, batch: jax.Array | None) -> jax.Array:
     rows, length = self.chosen.shape
-    inside = (tokens.position >= 0) & (tokens.position < length)
-    place = jnp.clip(tokens.position, 0, length - 1)
-    return inside & jnp.asarray(self.chosen)[batch if rows > 1 else 0, place]
+    inside = (position >= 0) & (position < length)
+    place = jnp.clip(position, 0, length - 1)
+    return inside & jnp.asarray(self.chosen)[0 if rows == 1 else batch, place]
 
 
 def global_tokens(

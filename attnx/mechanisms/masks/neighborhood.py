@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def neighborhood(
     ValueError: the window does not fit the grid, or tuples are not of one length.
   """
   grid = (shape,) if isinstance(shape, int) else tuple(shape)
-  rest = []
+  rest: list[Any] = []
   for name, given in (
     ("window", window), ("dilation", dilation), ("stride", stride), ("causal", causal)
   ):  # fmt: skip
