@@ -59,10 +59,10 @@ def runs(segment: jax.Array | None, batch: int, length: int, chunk: int) -> Runs
   return Runs(own, before)
 
 
-def cut(x: jax.Array, chunk: int) -> jax.Array:
-  """(B, T, ...) to (chunks, B, C, ...), padded with zeros."""
-  pad = -x.shape[1] % chunk
-  x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2)) if pad else x
+def cut(x: jax.Array, chunk: int, fill: float = 0.0) -> jax.Array:
+  """(B, T, ...) to (chunks, B, C, ...), padded with `fill`."""
+  if pad := -x.shape[1] % chunk:
+    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
   return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 

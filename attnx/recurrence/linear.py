@@ -102,20 +102,15 @@ def _step(state, xs, *, bonus):
   cuts, runs = xs
   N, dtype = state.shape[1], state.dtype
   q, k, v = (chunks.heads_first(cuts[name], N, dtype) for name in "qkv")
-  C = q.shape[2]
-  visible = np.tri(C, k=0 if bonus is None else -1, dtype=bool)
-  if runs is not None:
-    visible = visible & runs.meet()[:, None]
-  into, onto, decay = q, k, None
-  if "log_decay" not in cuts:
-    scores = jnp.where(visible, q @ k.mT, 0.0)
-  else:
+  last, meet = 0 if bonus is None else -1, None if runs is None else runs.meet()[:, None]
+  into, onto, read, sums, decay = q, k, None, None, None
+  if "log_decay" in cuts:
     sums = chunks.log_sums(chunks.heads_first(cuts["log_decay"], N, dtype))
     read = sums if bonus is None else chunks.through_previous(sums)
-    scores = (_scalar if sums.shape[-1] == 1 else _vector)(q, k, read, sums, visible)
     into = q * jnp.exp(read[0] + read[1])
     onto = k * jnp.exp(chunks.between(sums[..., -1:, :], sums))
     decay = jnp.exp(sums[0] + sums[1])[..., -1:, :].mT
+  scores = decayed_scores(q, k, read, sums, last, meet)
   before = into @ state
   kept = state if decay is None else decay * state
   if runs is not None:
@@ -128,24 +123,35 @@ def _step(state, xs, *, bonus):
   return kept + onto.mT @ v, jnp.swapaxes(out, 1, 2).astype(cuts["v"].dtype)
 
 
-def _scalar(q, k, read, sums, visible):
-  """(q k^T) exp(read_t - sums_s), (B, N, C, C), for sums (2, B, N, C, 1)."""
-  decay = chunks.between(read, sums.mT)
-  return (q @ k.mT) * jnp.exp(jnp.where(visible, decay, -jnp.inf))
+def decayed_scores(q, k, read=None, sums=None, last=0, meet=None):
+  """sum_h q_th k_sh exp(read_th - sums_sh) for s <= t + last, else 0: (B, N, C, C).
+
+  Args:
+    q, k: (B, N, C, H).
+    read, sums: `chunks.log_sums` up to where a query reads and a key is written, (2, B, N, C, X)
+      with X = H, or 1 where all of a head decays alike; None is no decay.
+    last: 0 to read after the write, -1 to read before it.
+    meet: which pairs are of one document, broadcasts to (B, N, C, C); None is all.
+  """
+  visible = np.tri(q.shape[-2], k=last, dtype=bool)
+  visible = visible if meet is None else visible & meet
+  if sums is None:
+    return jnp.where(visible, q @ k.mT, 0.0)
+  if sums.shape[-1] == 1:
+    return (q @ k.mT) * jnp.exp(jnp.where(visible, chunks.between(read, sums.mT), -jnp.inf))
+  return jnp.where(visible, _vector_scores(q, k, read, sums, last), 0.0)
 
 
-def _vector(q, k, read, sums, visible):
-  """sum_h q_th k_sh exp(read_th - sums_sh), (B, N, C, C), for sums (2, B, N, C, H).
+def _vector_scores(q, k, read, sums, last):
+  """`decayed_scores` for sums (2, B, N, C, H); what is not visible is any finite number.
 
   Rows come in blocks of `SUB`. Seen from the start of its block, a query has decayed since and an
   earlier key has decayed until, so their product is a matrix product without a positive exponent
   (arXiv:2312.06635). Pairs within a block are taken one by one.
   """
   C = q.shape[-2]
-  q, k, read, sums = (
-    jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -C % SUB), (0, 0)], mode="edge" if x.ndim > 4 else
-            "constant") for x in (q, k, read, sums)
-  )
+  pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -C % SUB), (0, 0)], mode="edge")
+  q, k, read, sums = (pad(x) for x in (q, k, read, sums))  # edges, so that no sum ever rises
   blocks = lambda x: x.reshape(*x.shape[:-2], -1, SUB, x.shape[-1])
   P = q.shape[-2] // SUB
   start = blocks(chunks.through_previous(sums))[..., :1, :]  # (2, B, N, P, 1, H)
@@ -154,10 +160,9 @@ def _vector(q, k, read, sums, visible):
   keys = k[..., None, :, :] * jnp.exp(jnp.where(earlier[..., None], until, -jnp.inf))
   queries = blocks(q) * jnp.exp(chunks.between(blocks(read), start))
   far = queries @ keys.mT  # (B, N, P, SUB, S)
-  strict = np.tri(SUB, dtype=bool)[..., None]
   pairs = chunks.between(blocks(read)[..., :, None, :], blocks(sums)[..., None, :, :])
-  pairs = jnp.exp(jnp.where(strict, pairs, -jnp.inf))  # (B, N, P, SUB, SUB, H)
+  inside = np.tri(SUB, k=last, dtype=bool)[..., None]
+  pairs = jnp.exp(jnp.where(inside, pairs, -jnp.inf))  # (B, N, P, SUB, SUB, H)
   near = jnp.sum(blocks(q)[..., :, None, :] * blocks(k)[..., None, :, :] * pairs, axis=-1)
   near = near[..., None, :] * np.eye(P)[:, None, :, None].astype(near.dtype)
-  scores = (far + near.reshape(far.shape)).reshape(*q.shape[:-1], P * SUB)[..., :C, :C]
-  return jnp.where(visible, scores, 0.0)
+  return (far + near.reshape(far.shape)).reshape(*q.shape[:-1], P * SUB)[..., :C, :C]
