@@ -38,7 +38,7 @@ def entries_with(interface: str, fact: str, holds: bool = True) -> list[str]:
 
 
 def inputs(t: int = T, s: int = S, dtype=np.float64):
-  """Queries, keys and values, whose scores keep away from zero less than they would by chance."""
+  """Queries, keys and values."""
   rng = np.random.default_rng(0)
   shapes = ((B, t, N, H), (B, s, K, H), (B, s, K, H))
   return tuple(jnp.asarray(1.5 * rng.standard_normal(shape), dtype) for shape in shapes)
