@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnx.attention import AttentionSpec, attend, reference
+from attnx.attention import AttentionSpec, attend, masks, plan, reference, transforms
 from attnx.attention.partial import empty, merge
 from attnx.core import registry
 from attnx.core.tokens import Tokens
@@ -100,3 +100,28 @@ def wide(tree):
 
 def assert_close(actual, expected, **tolerance):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), actual, expected)
+
+
+def weights_of(normaliser, scores, visible=True) -> np.ndarray:
+  """The finished weights of given scores (.., S) or (N, T, S), of the same shape."""
+  given = jnp.asarray(scores)
+  wide_scores = given.reshape((1,) * (4 - given.ndim) + given.shape)
+  _, heads, t, s = wide_scores.shape
+  q, k = (jnp.zeros((1, length, heads, 1), given.dtype) for length in (t, s))
+  mask = masks.Dense(jnp.broadcast_to(visible, wide_scores.shape))
+  spec = AttentionSpec(mask, (transforms.Add(wide_scores),), normaliser)
+  out = reference.weights(q, k, spec, Tokens.of_length(t), Tokens.of_length(s))
+  return out.reshape(given.shape)
+
+
+def pairs(mask, t: int, s: int | None = None, heads: int = 1, batch: int = 1) -> np.ndarray:
+  """Which pairs of one document a mask lets meet, (B, N, T, S)."""
+  q, k = Tokens.of_length(t), Tokens.of_length(t if s is None else s)
+  visible = mask(q.rows(batch, heads), k.columns())
+  return np.asarray(jnp.broadcast_to(visible, (batch, heads, t, k.index.shape[1])))
+
+
+def visited(mask, length: int, chunk: int) -> int:
+  """How many tiles of one document are not empty."""
+  where = Tokens.of_length(length)
+  return int((~plan.tiles(mask, where, where, chunk, chunk).empty).sum())
