@@ -87,15 +87,19 @@ class Attention(Mixer):
     self.out = linear((num_heads, head_dim), dim, **kinds)
 
   def __call__(self, x, *, context=None, tokens=None, context_tokens=None, key=None):
+    v = self.values(x if context is None else context)
+    where = dict(context=context, tokens=tokens, context_tokens=context_tokens)
+    return self.project(self.mix(x, v, **where, key=key), x)
+
+  def mix(self, x, values, *, context=None, tokens=None, context_tokens=None, key=None):
     if context is None and context_tokens is not None:
       raise ValueError("context_tokens were given without a context; give both or neither")
     context, k_tokens = (x, tokens) if context is None else (context, context_tokens)
     q_tokens = Tokens.of_length(x.shape[1]) if tokens is None else tokens
     k_tokens = Tokens.of_length(context.shape[1]) if k_tokens is None else k_tokens
     q = self.position.query(self.queries(x), q_tokens.position)
-    k, v = self.keys(context)
-    k = self.position.key(k, k_tokens.position)
-    return self.read(x, q, k, v, q_tokens, k_tokens, key=key)
+    k = self.position.key(self.keys(context), k_tokens.position)
+    return self.read(q, k, values, q_tokens, k_tokens, key=key)
 
   def init_cache(self, batch: int, length: int) -> Cache:
     heads, head_dim = self.key.kernel.shape[1:]
@@ -104,7 +108,7 @@ class Attention(Mixer):
   def step(self, x, cache, *, tokens=None):
     tokens = cache.next(x.shape[1]) if tokens is None else tokens
     heads, cache = cache.attend(
-      self.queries(x), *self.keys(x), tokens,
+      self.queries(x), self.keys(x), self.values(x), tokens,
       spec=value_of(self.spec), position=self.position, implementation=self.implementation,
     )  # fmt: skip
     return self.project(heads, x), cache
@@ -114,13 +118,17 @@ class Attention(Mixer):
     q = self.query(x)
     return q if self.query_norm is None else self.query_norm(q)
 
-  def keys(self, context: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(B, S, D) to keys and values (B, S, K, H), without positions."""
-    k, v = self.key(context), self.value(context)
-    return (k if self.key_norm is None else self.key_norm(k)), v
+  def keys(self, context: jax.Array) -> jax.Array:
+    """(B, S, D) to keys (B, S, K, H), without positions."""
+    k = self.key(context)
+    return k if self.key_norm is None else self.key_norm(k)
 
-  def read(self, x, q, k, v, q_tokens, k_tokens, *, key=None) -> jax.Array:
-    """Attention of queries over keys, both with positions, as (B, T, D)."""
+  def values(self, x: jax.Array) -> jax.Array:
+    """(B, S, D) to values (B, S, K, H)."""
+    return self.value(x)
+
+  def read(self, q, k, v, q_tokens, k_tokens, *, key=None) -> jax.Array:
+    """Heads (B, T, N, V) of queries over keys, both with positions."""
     spec = value_of(self.spec)
     if key is not None and self.dropout:
       spec = dataclasses.replace(spec, edits=(*spec.edits, Dropout(key, self.dropout)))
@@ -130,16 +138,12 @@ class Attention(Mixer):
     if observed(self):
       self.sow(nnx.Intermediate, "weights", reference.weights(q, k, spec, q_tokens, k_tokens))
       self.sow(nnx.Intermediate, "heads", heads)
-    return self.project(heads, x)
+    return heads
 
   def project(self, heads: jax.Array, x: jax.Array) -> jax.Array:
     """Heads (B, T, N, V) of the inputs x (B, T, D) to (B, T, D)."""
     heads = heads.astype(x.dtype)
     return self.out(heads if self.combiner is None else self.combiner(heads, x))
-
-  def values(self, x: jax.Array) -> jax.Array:
-    """Values (B, S, K, V) of inputs (B, S, D): what the output is linear in."""
-    return self.value(x)
 
 
 def width_of_heads(dim: int, num_heads: int) -> int:

@@ -24,7 +24,8 @@ class Mixer(nnx.Module):
     packed: honours `tokens`: documents packed in one row do not see each other, tokens at negative
       positions are not there, and in `step` a prompt may be padded on the left.
     any_length: one instance serves every sequence length.
-    linear_in_values: the output is a (B, N, T, S) matrix times values; `implicit_attention`.
+    linear_in_values: `values` and `mix` exist, so that `implicit_attention` gives the (B, N, T, S)
+      matrix that the mixer is.
   """
 
   def __call__(
@@ -66,6 +67,26 @@ class Mixer(nnx.Module):
     shorter than the others are padded on the left, with negative positions.
     """
     raise NotImplementedError(f"{type(self).__name__} does not declare 'streaming'")
+
+  def values(self, x: jax.Array) -> jax.Array:
+    """What is mixed: (B, S, D) to (B, S, K, V), or (B, S, D, 1) where channels mix apart."""
+    raise NotImplementedError(f"{type(self).__name__} does not declare 'linear_in_values'")
+
+  def mix(
+    self,
+    x: jax.Array,
+    values: jax.Array,
+    *,
+    context: jax.Array | None = None,
+    tokens: Tokens | None = None,
+    context_tokens: Tokens | None = None,
+  ) -> jax.Array:
+    """Values (B, S, K, V) of any width V to heads (B, T, N, V): linear, with weights that x gives.
+
+    A call does this to `values(x)`, and then what it does to each token alone: norms, gates,
+    combiners, projections. Arguments as for a call.
+    """
+    raise NotImplementedError(f"{type(self).__name__} does not declare 'linear_in_values'")
 
 
 def refuse(module: nnx.Module, **arguments: Any) -> None:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attnx.core.varying import varying
+
 
 class Runs(NamedTuple):
   """Which document each token of a chunk belongs to; run 0 is the one that the state is of.
@@ -78,13 +80,17 @@ def heads_first(x: jax.Array, num_heads: int, dtype: Any) -> jax.Array:
   return x if x.shape[1] in (1, num_heads) else jnp.repeat(x, num_heads // x.shape[1], axis=1)
 
 
-def scan(step: Callable, state: Any, xs: Any, every: int = 1) -> tuple[Any, Any]:
-  """`lax.scan` that keeps the state of every `every`-th chunk for the backward pass.
+def scan(
+  step: Callable, state: Any, xs: Any, *, consts: Any = (), every: int = 1
+) -> tuple[Any, Any]:
+  """`lax.scan` of step(state, x, *consts), keeping every `every`-th state for the backward pass.
 
   Each chunk, and each group of chunks, is computed again when its gradient is needed.
   """
+  state = varying(state, xs, consts)
+  body = jax.checkpoint(lambda state, x: step(state, x, *consts), prevent_cse=False)
   length = jax.tree.leaves(xs)[0].shape[0]
-  inner = functools.partial(jax.lax.scan, jax.checkpoint(step, prevent_cse=False))
+  inner = functools.partial(jax.lax.scan, body)
   if every <= 1 or every >= length:
     return inner(state, xs)
   whole = length - length % every
@@ -123,13 +129,6 @@ def between(late: jax.Array, early: jax.Array) -> jax.Array:
   gradient would be halved where there is no decay.
   """
   return (late[0] - early[0]) + (late[1] - early[1])
-
-
-def zero_state(k: jax.Array, v: jax.Array, num_heads: int, dtype: Any) -> jax.Array:
-  """(B, N, H, V) zeros that vary over the devices as k v^T does, to start a scan in `shard_map`."""
-  k, v = (heads_first(x[:, :1], num_heads, dtype) for x in (k, v))
-  zeros = jnp.zeros_like(k.mT * v)
-  return jnp.broadcast_to(zeros, (zeros.shape[0], num_heads, *zeros.shape[2:]))
 
 
 def check(q: jax.Array, k: jax.Array, v: jax.Array, chunk: int) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,7 +112,7 @@ def exponential_convolution(
   *,
   state: jax.Array | None = None,
   segment: jax.Array | None = None,
-  chunk: int = 32,
+  chunk: int = 16,
 ) -> tuple[jax.Array, jax.Array]:
   """y_t = Re sum_r c_r s_tr with s_t = exp(log_decay) s_{t-1} + x_t: an exponential kernel's state.
 
@@ -153,8 +151,7 @@ def exponential_convolution(
   for window, size in ((slice(0, whole), chunk), (slice(whole, T), T - whole)):
     if size:
       xs = jax.tree.map(lambda x: chunks.cut(x[:, window], size), (x, runs))
-      step = functools.partial(_exponential_step, modes=_modes(log_decay, c, size))
-      state, y = chunks.scan(step, state, xs)
+      state, y = chunks.scan(_exponential_step, state, xs, consts=(_modes(log_decay, c, size),))
       outputs.append(chunks.join(y, y.shape[0] * size))
   return jnp.concatenate(outputs, axis=1), state
 
@@ -178,7 +175,7 @@ def _modes(log_decay, c, size):
   return {"powers": powers, "read": read, "pass": through, "taps": taps}
 
 
-def _exponential_step(state, xs, *, modes):
+def _exponential_step(state, xs, modes):
   """One chunk: the state before it to the state after it and its outputs (B, C, D)."""
   given, runs = xs
   x = given.astype(modes["taps"].dtype)

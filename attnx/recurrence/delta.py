@@ -56,11 +56,11 @@ def delta_rule(
   if log_decay is not None:
     log_decay = log_decay[..., None] if jnp.ndim(log_decay) == 3 else log_decay
     xs["log_decay"] = along(log_decay, (B, T, N, H))
+  state = jnp.zeros((B, N, H, V), dtype) if state is None else state.astype(dtype)
   cuts = {name: chunks.cut(x, chunk) for name, x in xs.items()}
-  state = chunks.zero_state(k, v, N, dtype) if state is None else state.astype(dtype)
-  state, out = chunks.scan(
-    _step, state, (cuts, chunks.runs(segment, B, T, chunk)), every=-(-H // (2 * chunk))
-  )
+  runs = chunks.runs(segment, B, T, chunk)
+  every = -(-H // (2 * chunk))  # so that the states kept are at most twice the size of v
+  state, out = chunks.scan(_step, state, (cuts, runs), every=every)
   return chunks.join(out, T), state
 
 

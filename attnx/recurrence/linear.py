@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,12 +60,12 @@ def linear_attention(
   xs = {"q": q, "k": k, "v": v}
   if log_decay is not None:
     xs["log_decay"] = along(log_decay, (B, T, N, H))
+  state = jnp.zeros((B, N, H, V), dtype) if state is None else state.astype(dtype)
+  bonus = None if bonus is None else bonus.astype(dtype)
   cuts = {name: chunks.cut(x, chunk) for name, x in xs.items()}
-  state = chunks.zero_state(k, v, N, dtype) if state is None else state.astype(dtype)
-  step = functools.partial(_step, bonus=None if bonus is None else bonus.astype(dtype))
-  state, out = chunks.scan(
-    step, state, (cuts, chunks.runs(segment, B, T, chunk)), every=-(-H // (2 * chunk))
-  )
+  runs = chunks.runs(segment, B, T, chunk)
+  every = -(-H // (2 * chunk))  # so that the states kept are at most twice the size of v
+  state, out = chunks.scan(_step, state, (cuts, runs), consts=(bonus,), every=every)
   return chunks.join(out, T), state
 
 
@@ -97,7 +95,7 @@ def along(log_decay: jax.Array, shape: tuple[int, int, int, int]) -> jax.Array:
   return jnp.broadcast_to(log_decay.reshape(given), (given[0], shape[1], *given[2:]))
 
 
-def _step(state, xs, *, bonus):
+def _step(state, xs, bonus):
   """One chunk: the state before it to the state after it and its outputs (B, C, N, V)."""
   cuts, runs = xs
   N, dtype = state.shape[1], state.dtype

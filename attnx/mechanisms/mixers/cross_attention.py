@@ -62,8 +62,8 @@ class CrossAttention(Mixer):
     B, S, _ = context.shape
     tokens = Tokens.of_length(S) if context_tokens is None else context_tokens
     tokens = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (B, S)), tokens)
-    k, v = self.attention.keys(context)
-    k = self.attention.position.key(k, tokens.position)
+    k = self.attention.position.key(self.attention.keys(context), tokens.position)
+    v = self.attention.values(context)
     return Memory(k, v, tokens, jnp.zeros(B, jnp.int32))
 
   def step(self, x, cache: Memory, *, tokens=None):
@@ -71,9 +71,10 @@ class CrossAttention(Mixer):
       position = cache.seen[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
       tokens = Tokens(position, position, jnp.zeros_like(position))
     q = self.attention.position.query(self.attention.queries(x), tokens.position)
-    y = self.attention.read(x, q, cache.key, cache.value, tokens, cache.tokens)
+    heads = self.attention.read(q, cache.key, cache.value, tokens, cache.tokens)
     seen = jnp.maximum(cache.seen, tokens.position.max(1) + 1).astype(jnp.int32)
-    return y, Memory(cache.key, cache.value, cache.tokens, seen)
+    after = Memory(cache.key, cache.value, cache.tokens, seen)
+    return self.attention.project(heads, x), after
 
 
 ENTRY = Entry(

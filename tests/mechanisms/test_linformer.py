@@ -1,0 +1,101 @@
+"""Linformer: compressions that are something known, and padding that is not there."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attnx.attention import attend
+from attnx.core.tokens import Tokens
+from attnx.mechanisms.mixers.linformer import Linformer
+
+B, T, S, D, N, K, H, LENGTH, R = 2, 7, 11, 16, 4, 2, 4, 16, 5
+RNG = np.random.default_rng(0)
+X, CONTEXT = RNG.normal(size=(B, T, D)), RNG.normal(size=(B, S, D))
+
+
+def make(rank=R, length=LENGTH, **options):
+  options = dict(num_heads=N, num_kv_heads=K) | options
+  return Linformer(D, length=length, rank=rank, rngs=nnx.Rngs(0), **options)
+
+
+def naive(mixer, x, context):
+  """Compressed keys and values, then softmax, in float64 NumPy; (B, T, D)."""
+  array = lambda p: np.asarray(p[...], float)
+  project = lambda x, p: np.einsum("bsd,dnh->bsnh", x, array(p.kernel))
+  q, k, v = project(x, mixer.query), project(context, mixer.key), project(context, mixer.value)
+  e = array(mixer.compress_key)
+  f = e if mixer.compress_value is None else array(mixer.compress_value)
+  e, f = (np.broadcast_to(m, (K, *m.shape[1:]))[:, : context.shape[1]] for m in (e, f))
+  k, v = np.einsum("bskh,ksr->brkh", k, e), np.einsum("bskh,ksr->brkh", v, f)
+  k, v = np.repeat(k, N // K, 2), np.repeat(v, N // K, 2)
+  weights = np.exp(np.einsum("btnh,brnh->bntr", q, k) / np.sqrt(H))
+  weights = weights / weights.sum(-1, keepdims=True)
+  return np.einsum("bntr,brnh,nhd->btd", weights, v, array(mixer.out.kernel))
+
+
+@pytest.mark.parametrize("sharing, matrices", [("none", 2 * K), ("head", 2), ("kv", 1)])
+def test_it_is_the_formula_however_matrices_are_shared(sharing, matrices):
+  with jax.enable_x64(True):
+    mixer = make(sharing=sharing)
+    compressors = [m for m in (mixer.compress_key, mixer.compress_value) if m is not None]
+    assert sum(m[...].size for m in compressors) == matrices * LENGTH * R
+    actual = mixer(jnp.asarray(X), context=jnp.asarray(CONTEXT))
+    np.testing.assert_allclose(actual, naive(mixer, X, CONTEXT), rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(mixer(jnp.asarray(X)), naive(mixer, X, X), rtol=1e-9, atol=1e-10)
+
+
+def test_an_identity_compresses_nothing():
+  mixer, context = make(rank=S, length=S), jnp.asarray(CONTEXT, jnp.float32)
+  for m in (mixer.compress_key, mixer.compress_value):
+    m.set_value(jnp.eye(S)[None])
+  x = jnp.asarray(X, jnp.float32)
+  expected = mixer.out(attend(mixer.query(x), mixer.key(context), mixer.value(context)))
+  np.testing.assert_allclose(mixer(x, context=context), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_averages_of_blocks_are_attention_over_means():
+  mixer, context = make(rank=4, length=8), jnp.asarray(CONTEXT[:, :8], jnp.float32)
+  for m in (mixer.compress_key, mixer.compress_value):
+    m.set_value(jnp.repeat(jnp.eye(4), 2, axis=0)[None] / 2)
+  x, means = jnp.asarray(X, jnp.float32), context.reshape(B, 4, 2, D).mean(2)
+  expected = mixer.out(attend(mixer.query(x), mixer.key(means), mixer.value(means)))
+  np.testing.assert_allclose(mixer(x, context=context), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_padding_on_either_side_is_not_there(traced):
+  mixer, x = make(), X.astype(np.float32)
+  place = np.arange(9, dtype=np.int32)[None]
+  call = lambda x, at: mixer(x, tokens=Tokens(index=place, position=at, segment=0 * place))
+  call = jax.jit(call) if traced else call
+  left, right = [(2, 0), (0, 2)]
+  for pad in (left, right):
+    padded = np.pad(x, ((0, 0), pad, (0, 0)), constant_values=50.0)
+    out = np.asarray(call(padded, np.pad(place[0, :T], pad, constant_values=-1)[None]))
+    np.testing.assert_allclose(out[:, pad[0] : pad[0] + T], mixer(x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(out[:, [0, 1] if pad == left else [7, 8]], 0.0)
+
+
+def test_queries_do_not_mix_and_the_order_of_keys_matters():
+  mixer, x, context = make(), X.astype(np.float32), CONTEXT.astype(np.float32)
+  whole = mixer(x, context=context)
+  np.testing.assert_allclose(mixer(x[:, ::-1], context=context)[:, ::-1], whole, rtol=1e-5)
+  assert not np.allclose(mixer(x, context=context[:, ::-1]), whole, atol=1e-3)
+
+
+def test_what_it_cannot_do_is_refused():
+  x = X.astype(np.float32)
+  with pytest.raises(ValueError, match="got 7 keys; expected at most length=6"):
+    make(length=6)(x)
+  late = Tokens.of_length(T, offset=10)
+  with pytest.raises(ValueError, match="position 16 has no row"):
+    make()(x, tokens=late)
+  packed = Tokens(index=late.index, position=late.index, segment=late.index // 4)
+  with pytest.raises(NotImplementedError, match="give one to a row"):
+    make()(x, tokens=packed)
+  with pytest.raises(NotImplementedError, match="segments must be known"):
+    jax.eval_shape(lambda tokens: make()(x, tokens=tokens), packed)
+  with pytest.raises(NotImplementedError, match="several mixers"):
+    make(sharing="layer")
