@@ -115,7 +115,8 @@ def test_parameters_of_a_spec_have_gradients():
     return run(partial, spec, *where)(q, k, v)
 
   small = functools.partial(chunked.partial, q_chunk=8, k_chunk=16)
-  actual, expected = (jax.grad(functools.partial(loss, f))(bias) for f in (small, reference.partial))
+  gradient = lambda partial: jax.grad(functools.partial(loss, partial))(bias)
+  actual, expected = gradient(small), gradient(reference.partial)
   np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 

@@ -363,22 +363,20 @@ def test_standard_library_bytes_are_files_that_are_read_once():
   assert not any({"test", "tests", "site-packages"} & {*p.split("/")} for p in files["train"])
 
 
-def test_digits_are_all_there_and_shifts_move_them_by_a_pixel():
+def test_digits_are_all_there_and_shifts_move_them_by_up_to_a_pixel():
   import sklearn.datasets
 
   images, labels = sklearn.datasets.load_digits(return_X_y=True)
   rows = joined(list(batches("digits", "eval", batch=30)))
-  np.testing.assert_array_equal(rows["inputs"].reshape(360, 64) * 16, images[1437:])
-  np.testing.assert_array_equal(rows["targets"], labels[1437:])
+  np.testing.assert_array_equal(rows["weights"], np.arange(360) < 359)
+  np.testing.assert_array_equal(rows["inputs"].reshape(360, 64)[:359] * 16, images[4::5])
+  np.testing.assert_array_equal(rows["targets"][:359], labels[4::5])
   still = joined(take(batches("digits", shift=0), 100))["inputs"]
-  moved = joined(take(batches("digits", shift=1), 100))["inputs"]
-  np.testing.assert_array_equal(moved[:, 2:6, 2:6].shape, still[:, 2:6, 2:6].shape)
-  around = [
-    (np.roll(still, (i, j), (1, 2))[:, 1:7, 1:7] == moved[:, 1:7, 1:7]).all((1, 2, 3))
-    for i in (-1, 0, 1)
-    for j in (-1, 0, 1)
-  ]
-  assert np.any(around, axis=0).all() and min(map(np.mean, around)) > 0.05
+  moved = joined(take(batches("digits", shift=1.0), 100))["inputs"]
+  middle = lambda x: np.stack([(x * np.arange(8).reshape(s)).sum((1, 2, 3)) / x.sum((1, 2, 3))
+                               for s in ((8, 1, 1), (1, 8, 1))])  # fmt: skip
+  by = middle(moved) - middle(still)  # a digit that leaves the image moves less
+  assert np.abs(by).max() < 1.2 and (np.std(by, axis=1) > 0.25).all()
 
 
 def test_images_of_any_tfds_dataset_are_scaled():

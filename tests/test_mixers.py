@@ -119,8 +119,8 @@ def test_the_pattern_of_self_attention_is_the_one_declared(name, pattern):
   before = compiled(name, pattern)(inputs())
   after = compiled(name, pattern)(inputs().at[:, cut:].add(1.0))
   assert not np.allclose(before[:, cut:], after[:, cut:])
-  if pattern == "causal_self":
-    np.testing.assert_array_equal(before[:, :cut], after[:, :cut])
+  if pattern == "causal_self":  # exactly, but for the rounding of Fourier transforms
+    np.testing.assert_allclose(before[:, :cut], after[:, :cut], rtol=1e-5, atol=1e-6)
   else:
     assert not np.allclose(before[:, :cut], after[:, :cut])
 
@@ -183,7 +183,7 @@ def test_packed_documents_do_not_see_each_other(name, pattern):
   tokens = dataclasses.replace(where, position=position, segment=(where.index >= cut) + 0)
   entry = registry.get("mixers", name)
   config = {"name": name, **entry.tiny, **entry.patterns[pattern]}
-  if name == "attention":  # where documents meet is the mask's to say
+  if "mask" in registry.arguments(entry.make):  # where documents meet is its to say
     from attnx.attention import masks
 
     inner = registry.build("masks", config.get("mask", "causal"))
@@ -229,8 +229,8 @@ def test_the_implicit_matrix_times_the_values_is_what_is_mixed(name, pattern):
   np.testing.assert_allclose(
     jnp.einsum("bnts,bsnv->btnv", matrix, repeated), heads, rtol=1e-3, atol=1e-4
   )
-  later = np.triu(np.ones(matrix.shape[2:], bool), 1)
-  assert (matrix[..., later] == 0).all() == ("noncausal" not in pattern)
+  later = np.abs(matrix[..., np.triu(np.ones(matrix.shape[2:], bool), 1)])
+  assert (later.max() < 1e-6 * np.abs(matrix).max()) == ("noncausal" not in pattern)
 
 
 @cases(FIRST)

@@ -261,6 +261,8 @@ def test_long_and_short_convolutions_are_the_direct_sum(taps):
     want = with_gradient(lambda x: direct(**x), x)
     assert_close(with_gradient(lambda x: long_convolution(**x), x), want)
     assert_close(with_gradient(lambda x: short_convolution(**x)[0], x), want)
+    want = with_gradient(lambda x: direct(**x, segment=SEGMENT), x)
+    assert_close(with_gradient(lambda x: long_convolution(**x, segment=SEGMENT), x), want)
 
 
 def test_a_short_convolution_keeps_documents_apart_and_goes_on_where_it_stopped():
@@ -322,5 +324,3 @@ def test_what_does_not_fit_says_so():
       call()
   with pytest.raises(TypeError, match="floating"):
     linear_attention(q.astype(int), k, v)
-  with pytest.raises(NotImplementedError, match="documents"):
-    long_convolution(v[..., 0], np.ones((3, 1)), segment=SEGMENT)

@@ -73,7 +73,8 @@ def fold(spec: AttentionSpec, q_tiles, k_tiles, kinds: jax.Array) -> Partial:
   """
   order = jnp.argsort(-kinds, axis=-1, stable=True)  # full tiles first, empty ones last
   full, visited = ((kinds >= least).sum(-1) for least in (plans.FULL, plans.PARTIAL))
-  zero = varying(empty(shape(q_tiles, k_tiles), accumulator(q_tiles)), spec, q_tiles, k_tiles, kinds)
+  zero = empty(shape(q_tiles, k_tiles), accumulator(q_tiles))
+  zero = varying(zero, spec, q_tiles, k_tiles, kinds)
 
   def row(of):
     q_tile, order, full, visited = of
@@ -165,7 +166,8 @@ def tile(
     peak = jax.lax.stop_gradient(spec.normaliser.peak(scores, visible))
   else:
     peak = jnp.swapaxes(peak, 1, 2)
-  weights = spec.normaliser.weigh(scores, visible, jnp.where(jnp.isneginf(peak), 0.0, peak)[..., None])
+  origin = jnp.where(jnp.isneginf(peak), 0.0, peak)[..., None]
+  weights = spec.normaliser.weigh(scores, visible, origin)
   mass, count = jnp.abs(weights).sum(-1), visible.sum(-1, dtype=dtype)
   weights = spec.edit(weights, rows, columns)
   out = jnp.einsum("bkts,bksv->bktv", weights.reshape(B, K, -1, S), v).reshape(B, N, T, V)

@@ -89,3 +89,31 @@ class Dropout(Transform):
     pair = (q.index, k.index) if self.shared else (q.batch, q.head, q.index, k.index)
     kept = random.keep(self.key, self.rate, *pair)
     return jnp.where(kept, scores / (1 - self.rate), 0.0)
+
+
+@struct.dataclass
+class ZeroHeads(Transform):
+  """0 for the chosen heads, s for all others.
+
+  As an edit these heads are ablated: what they read is exactly zero, as if their rows of the output
+  projection were removed, and nothing is normalised again. As the last transform under softmax they
+  are uniform: they weigh all n keys that the row can see by 1 / n.
+
+  Attributes:
+    num_heads: N.
+    heads: the chosen ones.
+
+  Raises:
+    ValueError: `heads` are not some of 0 .. N - 1.
+  """
+
+  num_heads: int = struct.static()
+  heads: tuple[int, ...] = struct.static()
+
+  def __post_init__(self):
+    object.__setattr__(self, "heads", tuple(self.heads))  # a config gives a list
+    if not self.heads or not set(self.heads) <= set(range(self.num_heads)):
+      raise ValueError(f"heads={self.heads} must be some of 0 .. {self.num_heads - 1}")
+
+  def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
+    return jnp.where(jnp.isin(q.head, jnp.array(self.heads)), 0.0, scores)

@@ -69,7 +69,8 @@ class Model(nnx.Module):
   def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
     """(B, height, width, channels) to logits (B, classes), float32."""
     if images.shape[1:] != self.image:
-      raise ValueError(f"images are {images.shape}; expected (B, {', '.join(map(str, self.image))})")
+      expected = ", ".join(map(str, self.image))
+      raise ValueError(f"images are {images.shape}; expected (B, {expected})")
     x = jax.lax.collapse(self.patches(images.astype(self.dtype)), 1, 3)
     x = self.stack(x + self.position[...].astype(x.dtype), key=key)
     return self.readout(jnp.mean(self.norm(x).astype(jnp.float32), axis=1))

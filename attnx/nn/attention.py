@@ -92,11 +92,7 @@ class Attention(Mixer):
     return self.project(self.mix(x, v, **where, key=key), x)
 
   def mix(self, x, values, *, context=None, tokens=None, context_tokens=None, key=None):
-    if context is None and context_tokens is not None:
-      raise ValueError("context_tokens were given without a context; give both or neither")
-    context, k_tokens = (x, tokens) if context is None else (context, context_tokens)
-    q_tokens = Tokens.of_length(x.shape[1]) if tokens is None else tokens
-    k_tokens = Tokens.of_length(context.shape[1]) if k_tokens is None else k_tokens
+    context, q_tokens, k_tokens = sides(x, context, tokens, context_tokens)
     q = self.position.query(self.queries(x), q_tokens.position)
     k = self.position.key(self.keys(context), k_tokens.position)
     return self.read(q, k, values, q_tokens, k_tokens, key=key)
@@ -129,9 +125,7 @@ class Attention(Mixer):
 
   def read(self, q, k, v, q_tokens, k_tokens, *, key=None) -> jax.Array:
     """Heads (B, T, N, V) of queries over keys, both with positions."""
-    spec = value_of(self.spec)
-    if key is not None and self.dropout:
-      spec = dataclasses.replace(spec, edits=(*spec.edits, Dropout(key, self.dropout)))
+    spec = dropping(value_of(self.spec), key, self.dropout)
     heads = attend(
       q, k, v, spec, q_tokens=q_tokens, k_tokens=k_tokens, implementation=self.implementation
     )
@@ -164,6 +158,38 @@ def build_spec(build, mask, transforms, normaliser, edits, scale) -> AttentionSp
     readouts=tuple(t.readout for t in built if getattr(t, "readout", None) is not None),
     scale=scale,
   )
+
+
+def sides(
+  x: jax.Array,
+  context: jax.Array | None,
+  tokens: Tokens | None,
+  context_tokens: Tokens | None,
+) -> tuple[jax.Array, Tokens, Tokens]:
+  """What keys are made of, and where queries and keys sit: the defaults of `Mixer`."""
+  if context is None and context_tokens is not None:
+    raise ValueError("context_tokens were given without a context; give both or neither")
+  context, k_tokens = (x, tokens) if context is None else (context, context_tokens)
+  q_tokens = Tokens.of_length(x.shape[1]) if tokens is None else tokens
+  k_tokens = Tokens.of_length(context.shape[1]) if k_tokens is None else k_tokens
+  return context, q_tokens, k_tokens
+
+
+def dropping(spec: AttentionSpec, key: jax.Array | None, rate: float) -> AttentionSpec:
+  """The spec that also drops weights at this rate; itself where there is no key."""
+  if key is None or not rate:
+    return spec
+  return dataclasses.replace(spec, edits=(*spec.edits, Dropout(key, rate)))
+
+
+def readable(cache: Cache) -> Cache:
+  """A cache that `append` gives all of, for mixers that keep other things than queries meet."""
+  if type(cache).attend is not Cache.attend:
+    raise NotImplementedError(
+      f"{type(cache).__name__} chooses by the queries and keys that it is given, which are not "
+      "what is cached here; take 'full' or 'window'"
+    )
+  return cache
 
 
 def trained(tree: Any) -> Any:

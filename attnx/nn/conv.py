@@ -7,63 +7,98 @@ import jax
 import jax.numpy as jnp
 
 from attnx.core.tokens import Tokens
+from attnx.nn.linear import linear
+from attnx.recurrence.convolution import short_convolution
+
+# As wide as a uniform distribution between -W^-1/2 and W^-1/2.
+UNIFORM = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class ShortConv(nnx.Module):
   """y_t = sum_{i < W} w_i x_{t - i}, for every channel by itself (arXiv:2302.10866).
 
+  Sums are float32; documents do not see each other, and padding is zero.
+
   Args:
     dim: D.
     width: W.
-    use_bias: adds b.
+    use_bias: adds b, which starts at zero.
+    kernel_init: initialises w (W, D).
   """
 
-  def __init__(self, dim: int, *, width: int = 4, use_bias: bool = False, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    dim: int,
+    *,
+    width: int = 4,
+    use_bias: bool = False,
+    kernel_init: jax.nn.initializers.Initializer = UNIFORM,
+    rngs: nnx.Rngs,
+  ):
     if width < 1:
       raise ValueError(f"width={width} must be at least 1")
-    bound = width**-0.5
-    kernel = jax.random.uniform(rngs.params(), (width, dim), minval=-bound, maxval=bound)
-    self.kernel = nnx.Param(kernel)
+    self.kernel = nnx.Param(kernel_init(rngs.params(), (width, dim), jnp.float32))
     self.bias = nnx.Param(jnp.zeros(dim)) if use_bias else None
 
   def __call__(self, x: jax.Array, *, tokens: Tokens | None = None) -> jax.Array:
-    """(B, T, D) to (B, T, D); documents do not see each other, padding is zero."""
-    x, past = exists(x, tokens), jnp.zeros_like(x[:, : self.kernel.shape[0] - 1])
-    if tokens is None:
-      return self.convolve(x, past)
-    segment = jnp.broadcast_to(tokens.segment, x.shape[:2])
-    y = jnp.zeros_like(x)
-    for i, w in enumerate(self.kernel[...].astype(x.dtype)):
-      shift = lambda a, fill: jnp.pad(
-        a, [(0, 0), (i, 0)] + [(0, 0)] * (a.ndim - 2), constant_values=fill
-      )[:, : a.shape[1]]
-      y += w * shift(x, 0) * (shift(segment, -1) == segment)[..., None]
-    return self.biased(y)
+    """(B, T, D) to (B, T, D) in the dtype of `x`."""
+    return self.convolve(x, None, tokens)[0]
 
   def init_cache(self, batch: int) -> jax.Array:
-    """The last W - 1 inputs (B, W - 1, D), zero before the first."""
+    """The last W - 1 inputs (B, W - 1, D), zero before the first of a document."""
     width, dim = self.kernel.shape
     return jnp.zeros((batch, width - 1, dim))
 
   def step(
     self, x: jax.Array, cache: jax.Array, *, tokens: Tokens | None = None
   ) -> tuple[jax.Array, jax.Array]:
-    """The next t inputs (B, t, D); a prompt may be padded on the left."""
-    x = exists(x, tokens)
-    after = jnp.concatenate([cache, x.astype(cache.dtype)], axis=1)
-    return self.convolve(x, cache.astype(x.dtype)), after[:, x.shape[1] :]
+    """The next t inputs (B, t, D); a prompt may be padded on the left.
 
-  def convolve(self, x: jax.Array, past: jax.Array) -> jax.Array:
-    (width, _), count = self.kernel.shape, x.shape[1]
-    past = jnp.pad(past, ((0, 0), (width - 1 - past.shape[1], 0), (0, 0)))
-    joined = jnp.concatenate([past, x], axis=1)
-    kernel = self.kernel[...].astype(x.dtype)
-    return self.biased(
-      sum(kernel[i] * joined[:, width - 1 - i :][:, :count] for i in range(width))
-    )
+    The cache belongs to the document of the first token, and the one returned to that of the last;
+    `RecurrentCache` empties it where another document begins.
+    """
+    y, after = self.convolve(x, cache, tokens)
+    return y, after.astype(cache.dtype)
 
-  def biased(self, y: jax.Array) -> jax.Array:
-    return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+  def convolve(
+    self, x: jax.Array, past: jax.Array | None, tokens: Tokens | None
+  ) -> tuple[jax.Array, jax.Array]:
+    segment = None if tokens is None else tokens.segment
+    kernel = self.kernel[...]
+    y, after = short_convolution(exists(x, tokens), kernel, state=past, segment=segment)
+    return y if self.bias is None else y + self.bias[...].astype(y.dtype), after
+
+
+class ConvolvedHeads(nnx.Module):
+  """silu(conv(x W)) in heads, (B, T, D) to (B, T, N, H): queries, keys or values of a recurrence.
+
+  Padding is zero. As the convolutions of Gated DeltaNet (arXiv:2412.06464).
+
+  Args:
+    dim: D.
+    heads: (N, H).
+    width: taps of the convolution.
+  """
+
+  def __init__(self, dim: int, heads: tuple[int, int], *, width: int = 4, rngs: nnx.Rngs):
+    self.heads = heads
+    self.project = linear(dim, heads[0] * heads[1], rngs=rngs)
+    self.conv = ShortConv(heads[0] * heads[1], width=width, rngs=rngs)
+
+  def __call__(self, x: jax.Array, *, tokens: Tokens | None = None) -> jax.Array:
+    return self.activate(self.conv(self.project(x), tokens=tokens), tokens)
+
+  def init_cache(self, batch: int) -> jax.Array:
+    return self.conv.init_cache(batch)
+
+  def step(
+    self, x: jax.Array, cache: jax.Array, *, tokens: Tokens | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    y, after = self.conv.step(self.project(x), cache, tokens=tokens)
+    return self.activate(y, tokens), after
+
+  def activate(self, y: jax.Array, tokens: Tokens | None) -> jax.Array:
+    return exists(jax.nn.silu(y), tokens).reshape(*y.shape[:2], *self.heads)
 
 
 def exists(x: jax.Array, tokens: Tokens | None) -> jax.Array:

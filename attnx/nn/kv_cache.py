@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from attnx.attention import AttentionSpec, attend
 from attnx.core import struct
 from attnx.core.tokens import Tokens
+from attnx.core.varying import varying
 from attnx.nn.position import Position
 
 
@@ -26,6 +27,7 @@ class Cache:
   """What decoding keeps of the keys and values that it has seen: a pytree of arrays.
 
   A cache either defines `append`, and is attended to like any keys, or has an `attend` of its own.
+  The tokens of a row come in the order of their positions.
 
   Attributes:
     seen: (B,) int32, the position after the last token of each row.
@@ -37,6 +39,13 @@ class Cache:
     """Where the next `count` tokens sit unless somebody says otherwise: after those seen."""
     position = self.seen[:, None] + jnp.arange(count, dtype=jnp.int32)
     return Tokens(index=position, position=position, segment=jnp.zeros_like(position))
+
+  def kept(self) -> View:
+    """What is remembered, as it is stored; a slot that holds nothing has position -1.
+
+    The leaves of `tokens` are (B, K, L) where every key head remembers tokens of its own.
+    """
+    raise NotImplementedError(f"{type(self).__name__} does not say what it keeps")
 
   def append(self, key: jax.Array, value: jax.Array, tokens: Tokens) -> tuple[View, Self]:
     """Takes in keys (B, t, K, H) and values (B, t, K, V) of t more tokens.
@@ -124,9 +133,8 @@ class KVCache(Cache):
       rolling=rolling,
     )
 
-  def tokens(self) -> Tokens:
-    """Where the slots' tokens sit."""
-    return Tokens(index=jnp.maximum(self.position, 0), position=self.position, segment=self.segment)
+  def kept(self):
+    return View(self.key, self.value, placed(self.position, self.segment))
 
   def append(self, key, value, tokens):
     batch, room = self.position.shape
@@ -134,8 +142,8 @@ class KVCache(Cache):
     if not self.rolling and count > room:
       raise ValueError(f"{count} tokens do not fit a cache of length={room}; make it longer")
     key, value = key.astype(self.key.dtype), value.astype(self.value.dtype)
-    tokens = jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, count)), tokens)
-    seen = jnp.maximum(self.seen, tokens.position.max(1) + 1).astype(jnp.int32)
+    tokens = in_every_row(tokens, batch)
+    seen = seen_after(self.seen, tokens)
     kept = (tokens.position >= 0) & (tokens.position >= seen[:, None] - room)
     slot = jnp.where(kept, tokens.position % room, room)  # beyond the last: dropped
     put = lambda slots, x: slots.at[jnp.arange(batch)[:, None], slot].set(
@@ -153,7 +161,81 @@ class KVCache(Cache):
       seen=seen,
     )
     if not self.rolling:
-      return View(after.key, after.value, after.tokens()), after
-    join = lambda old, new: jnp.concatenate([old, new.astype(old.dtype)], axis=1)
-    where = jax.tree.map(join, self.tokens(), tokens)
-    return View(join(self.key, key), join(self.value, value), where), after
+      return after.kept(), after
+    join = lambda old, new: jnp.concatenate([old, new], axis=1)
+    return jax.tree.map(join, self.kept(), View(key, value, tokens)), after
+
+
+class Evicting(Cache):
+  """A cache that forgets one token for every new one as soon as its slots are taken.
+
+  Whom it forgets, or where the others sit then, is settled anew for each query. Tokens that all
+  find free slots are taken together, others one after the other: what comes out does not depend on
+  the pieces in which a text arrives.
+
+  Attributes:
+    count: (B,) int32, how many tokens each row has taken in, those that it forgot included.
+    room: number of slots.
+  """
+
+  count: jax.Array
+  room: int
+
+  def take(
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    tokens: Tokens,
+    *,
+    spec: AttentionSpec,
+    position: Position,
+    implementation: str,
+  ) -> tuple[jax.Array, Self]:
+    """`attend` for one token, or for several that all find free slots; leaves of tokens (B, t)."""
+    raise NotImplementedError
+
+  def attend(self, q, k, v, tokens, *, spec, position, implementation="auto"):
+    options = dict(spec=spec, position=position, implementation=implementation)
+    new = (q, k, v, in_every_row(tokens, q.shape[0]))
+    together = lambda cache, new: cache.take(*new, **options)
+
+    def one_by_one(cache, new):
+      each = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], new)
+      cache, heads = jax.lax.scan(lambda cache, new: together(cache, new)[::-1], cache, each)
+      return jnp.moveaxis(heads[:, :, 0], 0, 1), cache
+
+    def piece(cache, new):
+      if (count := new[0].shape[1]) == 1:
+        return together(cache, new)
+      if count > self.room:  # a fresh cache has room for the first of them
+        cut = lambda window: jax.tree.map(lambda x: x[:, window], new)
+        first, cache = piece(cache, cut(slice(self.room)))
+        rest, cache = one_by_one(cache, cut(slice(self.room, None)))
+        return jnp.concatenate([first, rest], axis=1), cache
+      fit = cache.count + (new[-1].position >= 0).sum(1) <= self.room
+      return jax.lax.cond(fit.all(), together, one_by_one, cache, new)
+
+    return piece(varying(self, new, spec), new)
+
+  def numbers(self, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    """The place of new tokens among all of their row, (B, t), -1 for padding; the next `count`."""
+    live = (tokens.position >= 0).astype(jnp.int32)
+    number = self.count[:, None] + live.cumsum(1) - 1
+    return jnp.where(live > 0, number, -1), self.count + live.sum(1)
+
+
+def placed(position: jax.Array, segment: jax.Array) -> Tokens:
+  """Tokens at these positions, which are their places too."""
+  return Tokens(index=jnp.maximum(position, 0), position=position, segment=segment)
+
+
+def in_every_row(tokens: Tokens, batch: int) -> Tokens:
+  """The same tokens with leaves (B, t) int32, in place of (#B, t)."""
+  rows = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, x.shape[1]))
+  return jax.tree.map(rows, tokens)
+
+
+def seen_after(seen: jax.Array, tokens: Tokens) -> jax.Array:
+  """(B,), the position after the last token of each row once these have been seen."""
+  return jnp.maximum(seen, tokens.position.max(1) + 1).astype(jnp.int32)

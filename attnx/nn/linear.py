@@ -7,6 +7,7 @@ from typing import Any
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 
 
 def like_first(arrays: Sequence[Any], *, dtype: Any = None, **_: Any) -> list[Any]:
@@ -48,3 +49,10 @@ class LayerNorm(nnx.LayerNorm):
 
   def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
     return super().__call__(x, **options).astype(x.dtype)
+
+
+def unit(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+  """x / sqrt(sum(x^2) + epsilon) over the last axis: float32 inside, out in the dtype of x."""
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  size = jnp.sum(wide * wide, axis=-1, keepdims=True)
+  return (wide * jax.lax.rsqrt(size + epsilon)).astype(x.dtype)

@@ -62,13 +62,15 @@ class Stack(nnx.Module):
   def __call__(self, x: jax.Array, *, key: jax.Array | None = None, **options: Any) -> jax.Array:
     """(B, T, D) to (B, T, D); `options` are those of a block."""
     if self.scan and observed(self):
-      raise NotImplementedError("a scanned stack cannot be looked into; build it with scan=False")
+      raise NotImplementedError(
+        "a scanned stack cannot be looked into; build it with scan=False, or unroll it"
+      )
 
     def run(x, i, block):
       call = lambda block, x: block(
         x, key=None if key is None else jax.random.fold_in(key, i), **options
       )
-      if self.remat is not None:
+      if self.remat is not None and not observed(self):  # what it sows would be lost
         call = jax.checkpoint(call, policy=POLICIES[self.remat])
       return call(block, x)
 

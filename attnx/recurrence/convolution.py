@@ -12,32 +12,57 @@ from attnx.recurrence import chunks
 def long_convolution(
   x: jax.Array, kernel: jax.Array, *, segment: jax.Array | None = None
 ) -> jax.Array:
-  """y_t = sum_{s <= t} kernel_{t-s} x_s, by FFT, in O(T log T).
+  """y_t = sum_{s <= t} kernel_{t-s} x_s, by FFT, in O(T log T), or O(T log^2 T) with documents.
+
+  Rounding is that of a sum over the whole sequence: an output moves, in its last digits, with later
+  inputs. With documents it never does.
 
   Args:
     x: (B, T, D).
     kernel: (L, D), or (L, 1) for one kernel of all channels; what is longer than T is not seen.
-    segment: must be None, see below.
+    segment: (#B, T) integers; where the id changes, earlier inputs are no longer seen.
 
   Returns:
     (B, T, D) in the dtype of `x`, computed in float32 (float64 if an input is).
 
   Raises:
-    NotImplementedError: `segment` is given: a product of spectra cannot tell documents apart.
     ValueError: shapes do not fit each other.
   """
   _check(x, kernel)
-  if segment is not None:
-    raise NotImplementedError(
-      "long_convolution cannot keep documents apart: use short_convolution, or, where the kernel is"
-      " a sum of exponentials, exponential_convolution"
-    )
-  T, kernel = x.shape[1], kernel[: x.shape[1]]
+  (B, T, _), kernel = x.shape, kernel[: x.shape[1]]
   dtype = _dtype(x, kernel)
+  wide, kernel = x.astype(dtype), kernel.astype(dtype)
+  if (runs := chunks.runs(segment, B, T, T)) is not None:
+    return _within_runs(wide, kernel, runs.own[0]).astype(x.dtype)
   size = _fast_length(T + kernel.shape[0] - 1)
-  spectrum = jnp.fft.rfft(kernel.astype(dtype), size, axis=0)
-  y = jnp.fft.irfft(jnp.fft.rfft(x.astype(dtype), size, axis=1) * spectrum, size, axis=1)
+  spectrum = jnp.fft.rfft(kernel, size, axis=0)
+  y = jnp.fft.irfft(jnp.fft.rfft(wide, size, axis=1) * spectrum, size, axis=1)
   return y[:, :T].astype(x.dtype)
+
+
+def _within_runs(x, kernel, own):
+  """`long_convolution` of tokens (B, T, D) of the runs `own` (#B, T).
+
+  The tokens s < t are in the two halves of exactly one block of 2, 4, 8, ... tokens, and at most
+  one run reaches across its middle. So a product of spectra gives what the early half of a block
+  owes to the late one, once everything else is zero on either side of it.
+  """
+  T = x.shape[1]
+  size = 1 << (T - 1).bit_length()
+  x, own = (jnp.pad(a, [(0, 0), (0, size - T)] + [(0, 0)] * (a.ndim - 2), mode="edge")
+            for a in (x, own[..., None]))  # fmt: skip
+  y, half = kernel[0] * x, 1
+  while half < size:
+    early, late = jnp.moveaxis(x.reshape(x.shape[0], -1, 2, half, x.shape[2]), 2, 0)
+    before, after = jnp.moveaxis(own.reshape(own.shape[0], -1, 2, half, 1), 2, 0)
+    crosses = before[:, :, -1:]
+    spectrum = jnp.fft.rfft(kernel[: 2 * half], 2 * half, axis=0)
+    early = jnp.fft.rfft(jnp.where(before == crosses, early, 0.0), 2 * half, axis=2)
+    owed = jnp.fft.irfft(early * spectrum, 2 * half, axis=2)[:, :, half:]
+    owed = jnp.where(after == crosses, owed, 0.0)
+    y += jnp.stack([jnp.zeros_like(late), owed], axis=2).reshape(y.shape)
+    half *= 2
+  return y[:, :T]
 
 
 def short_convolution(

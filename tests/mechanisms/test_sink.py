@@ -26,7 +26,6 @@ def test_it_starts_as_softmax_plus_one():
 
 
 def test_it_is_one_more_key_with_a_value_of_zero_in_value_and_gradient():
-  q, k, v = inputs()
 
   def as_key(logit):
     spread = lambda x: jnp.repeat(x, 2, axis=2)
@@ -36,7 +35,7 @@ def test_it_is_one_more_key_with_a_value_of_zero_in_value_and_gradient():
     return jnp.einsum("btns,bsnv->btnv", weights, spread(v))
 
   with jax.enable_x64(True):
-    q, k, v = wide((q, k, v))
+    q, k, v = inputs()
     logit = jnp.asarray(SINK.logit, jnp.float64)
     actual = lambda b: attend(q, k, v, AttentionSpec(normaliser=type(SINK)(b)))
     np.testing.assert_allclose(actual(logit), as_key(logit), rtol=1e-10)
