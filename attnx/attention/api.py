@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import contextvars
 import dataclasses
 
 import jax
@@ -42,6 +44,22 @@ IMPLEMENTATIONS = {  # in order of preference
   "chunked": Implementation(chunked.partial, offers=frozenset(Need)),
   "reference": Implementation(reference.partial, offers=frozenset(Need)),
 }
+
+
+LISTENER: contextvars.ContextVar = contextvars.ContextVar("listener", default=lambda *call: None)
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[..., None]) -> Iterator[None]:
+  """Tells `listener` the arguments (q, k, v, spec, q_tokens, k_tokens) of every call inside.
+
+  Arguments may be traced. What was compiled before makes no calls.
+  """
+  token = LISTENER.set(listener)
+  try:
+    yield
+  finally:
+    LISTENER.reset(token)
 
 
 def choose(q, k, v, spec: AttentionSpec, implementation: str = "auto") -> str:
@@ -114,6 +132,7 @@ def attend_partial(
   q_tokens = Tokens.of_length(query.shape[1]) if q_tokens is None else q_tokens
   k_tokens = Tokens.of_length(key.shape[1]) if k_tokens is None else k_tokens
   query, key, value = (jnp.asarray(x) for x in (query, key, value))
+  LISTENER.get()(query, key, value, spec, q_tokens, k_tokens)
   name = choose(query, key, value, spec, implementation)
   return IMPLEMENTATIONS[name].partial(query, key, value, spec, q_tokens, k_tokens)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -105,8 +107,37 @@ def explain(
   return Explanation(call, tuple(rows), str(tiles))
 
 
+def explain_first(function: Callable[..., Any], *args: Any) -> Explanation | None:
+  """`explain` of the first call of `attend` that a function makes; None if it makes none.
+
+  Nothing runs: the function is traced, and arrays may be `jax.ShapeDtypeStruct`.
+
+  Example:
+    >>> print(explain_first(model, ids))                      # doctest: +SKIP
+  """
+  first: list[Explanation] = []
+
+  def listen(q, k, v, spec, q_tokens, k_tokens):
+    if not first:
+      first.append(explain(q, k, v, spec, q_tokens=q_tokens, k_tokens=k_tokens))
+
+  with api.listening(listen):
+    jax.eval_shape(function, *args)
+  return first[0] if first else None
+
+
 def temporary(partial, shapes, spec: AttentionSpec, q_tokens, k_tokens) -> int | None:
   """Bytes that the compiled forward pass wants beside its arguments; None if XLA does not tell."""
-  run = lambda q, k, v: spec.finish(partial(q, k, v, spec, q_tokens, k_tokens))
-  analysis = jax.jit(run).lower(*shapes).compile().memory_analysis()
+  leaves, structure = jax.tree.flatten((spec, q_tokens, k_tokens))
+  traced = {
+    i: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    for i, x in enumerate(leaves)
+    if isinstance(x, jax.core.Tracer)  # of a function around; here it is an argument
+  }
+
+  def run(q, k, v, traced):
+    spec, *tokens = structure.unflatten(traced.get(i, x) for i, x in enumerate(leaves))
+    return spec.finish(partial(q, k, v, spec, *tokens))
+
+  analysis = jax.jit(run).lower(*shapes, traced).compile().memory_analysis()
   return None if analysis is None else analysis.temp_size_in_bytes

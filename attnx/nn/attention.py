@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 from flax import nnx
@@ -28,7 +30,8 @@ class Attention(Mixer):
     num_kv_heads: key and value heads, K; None means N. 1 is multi-query attention.
     head_dim: H, of queries, keys and values; None means D / N.
     context_dim: width of what `context` brings; None means D.
-    mask, transforms, normaliser, edits: entries of those interfaces, by name, mapping or object.
+    mask, transforms, normaliser, edits: entries of those interfaces, by name, mapping or object;
+      of a list of masks, all must allow a pair.
     scale: factor on q k^T; None means 1 / sqrt(H).
     position: entry of `positions`, applied to queries and keys; None for none.
     combiner: entry of `combiners`, applied to the heads before the output projection.
@@ -148,16 +151,24 @@ def width_of_heads(dim: int, num_heads: int) -> int:
 
 
 def build_spec(build, mask, transforms, normaliser, edits, scale) -> AttentionSpec:
-  """The spec of entries; a transform with a `readout` of its own brings it along."""
+  """The spec of entries; a transform with a `readout` of its own brings it along.
+
+  Of several masks in a list, all must allow a pair: ("causal", "same_segment").
+  """
   built = tuple(build("transforms", transform) for transform in transforms)
   return AttentionSpec(
-    mask=build("masks", mask),
+    mask=functools.reduce(operator.and_, (build("masks", m) for m in several(mask))),
     transforms=built,
     normaliser=build("normalisers", normaliser),
     edits=tuple(build("edits", edit) for edit in edits),
     readouts=tuple(t.readout for t in built if getattr(t, "readout", None) is not None),
     scale=scale,
   )
+
+
+def several(entries: Any) -> Sequence[Any]:
+  """The entries of a list, or the one that stands for itself."""
+  return entries if isinstance(entries, list | tuple) and entries else (entries,)
 
 
 def sides(
