@@ -25,7 +25,7 @@ def command_line() -> flags.FlagValues:
   for define, name, default, text in (
     (flags.DEFINE_string, "config", None, "FILE or FILE:variant; what to train."),
     (flags.DEFINE_string, "workdir", None, "Where all results go; nothing is kept without it."),
-    (flags.DEFINE_bool, "profile", False, "Trace ten steps into WORKDIR/profile."),
+    (flags.DEFINE_bool, "profile", False, "Trace ten steps, after the first, to WORKDIR/profile."),
     (flags.DEFINE_string, "coordinator", None, "host:port of process 0, for several processes."),
     (flags.DEFINE_integer, "num_processes", None, "How many processes there are."),
     (flags.DEFINE_integer, "process_id", None, "Which of them this is, from 0."),
@@ -90,11 +90,12 @@ def main(argv: Sequence[str]) -> int:
       raise configs.Mistake("say what to train: --config FILE")
     interrupted = Signals()
     config = configs.override(configs.load(values.config), rest)
-    from attnx.training import devices, loop  # here, so that --help does not wait for JAX
+    from attnx.training import checkpoint, devices, loop  # here, so that --help is instant
 
     devices.start(values.coordinator, values.num_processes, values.process_id)
     workdir = pathlib.Path(values.workdir) if values.workdir else None
-    loop.train(config, workdir, interrupted=interrupted, profile=values.profile)
+    with checkpoint.writing(workdir):
+      loop.train(config, workdir, interrupted=interrupted, profile=values.profile)
     return 0
   except configs.Mistake as mistake:
     if "--traceback" in argv:
@@ -104,6 +105,9 @@ def main(argv: Sequence[str]) -> int:
   except configs.Stopped as stopped:
     print(f"attnx.train: {stopped}", file=sys.stderr)
     return stopped.code
+  except KeyboardInterrupt:
+    print("attnx.train: interrupted twice; what is not in a checkpoint is lost", file=sys.stderr)
+    return 130
 
 
 if __name__ == "__main__":

@@ -54,16 +54,28 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, Sequence[str | N
       of each array axis, e.g. ("embed.embedding", (None, "fsdp")); () replicates.
 
   Raises:
-    ValueError: a rule that does not fit an array it matches.
+    ValueError: a rule that is none, or does not fit an array it matches.
   """
+  compiled = [parsed(rule) for rule in rules]
 
   def sharding(path, x) -> NamedSharding:
-    for pattern, axes in rules:
-      if re.search(pattern, name(path)):
+    for pattern, axes in compiled:
+      if pattern.search(name(path)):
         return NamedSharding(mesh, fitting(name(path), x.shape, axes, mesh))
     return NamedSharding(mesh, default(x.shape, mesh.shape["fsdp"]))
 
   return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def parsed(rule: Any) -> tuple[re.Pattern[str], tuple[Any, ...]]:
+  """The pattern and the axes of a rule, refused where it is none."""
+  match rule:
+    case [str(pattern), [*axes]]:
+      try:
+        return re.compile(pattern), tuple(axes)
+      except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+  raise ValueError(f"a sharding rule is a pair (pattern, axes), such as ('bias', ()); got {rule!r}")
 
 
 def default(shape: tuple[int, ...], parts: int) -> PartitionSpec:
@@ -76,14 +88,16 @@ def default(shape: tuple[int, ...], parts: int) -> PartitionSpec:
 
 
 def fitting(
-  path: str, shape: tuple[int, ...], axes: Sequence[str | None], mesh: Mesh
+  path: str, shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh
 ) -> PartitionSpec:
   """The spec of a rule, refused where it does not fit."""
   if len(axes) > len(shape):
-    raise ValueError(f"a sharding rule gives {tuple(axes)} to {path}, whose shape is {shape}")
+    raise ValueError(f"a sharding rule gives {axes} to {path}, whose shape is {shape}")
   for axis, size in zip(axes, shape, strict=False):
-    if axis is not None and axis not in AXES:
-      raise ValueError(f"a sharding rule gives {path} the axis {axis!r}; the axes are {AXES}")
+    if axis is not None and (axis not in AXES or axes.count(axis) > 1):
+      raise ValueError(
+        f"a sharding rule gives {path} the axes {axes}; expected None or, once each, {AXES}"
+      )
     if axis is not None and size % mesh.shape[axis]:
       raise ValueError(f"{axis}={mesh.shape[axis]} does not divide the shape {shape} of {path}")
   return PartitionSpec(*axes)

@@ -2,16 +2,20 @@
 
 `<directory>/<step>` is whole or absent. Arrays and manifest are written to `<step>.saving`, which
 is flushed and takes its name in one rename; what is deleted is renamed first. On disk there are
-global arrays under dotted names, so any number of devices or processes can restore them.
+global arrays under dotted names, so any number of devices or processes can restore them. Nothing
+that is read is executed: arrays are bytes, the manifest is JSON and vouches for itself too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import concurrent.futures
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -22,11 +26,11 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from attnx.training.config import Mistake, Stopped
+from attnx.training.config import Mistake, Stopped, sentence
 
 MANIFEST = "manifest.json"
-OURS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
-FULL = ("RESOURCE_EXHAUSTED", "No space left", "File too large", "Disk quota")
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+FULL = ("No space left", "File too large", "Disk quota", "Read-only file")  # in TensorStore's words
 
 
 class Checkpoints:
@@ -37,6 +41,9 @@ class Checkpoints:
     say: shows a sentence to the user.
     every: steps from one to the next; the last step is always saved.
     keep: how many of the newest stay.
+
+  Raises:
+    Mistake: the directory cannot be used, or another run uses it.
   """
 
   def __init__(
@@ -51,20 +58,25 @@ class Checkpoints:
       raise Mistake(f"checkpoint.every={every} and checkpoint.keep={keep} must be at least 1")
     self.directory, self.say, self.every, self.keep = directory.absolute(), say, every, keep
     self.first = jax.process_index() == 0
+    logging.getLogger("absl").addFilter(not_told_twice)
     self.orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
     self.pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self.pending: concurrent.futures.Future | None = None
     self.saving = 0
     if self.first:
-      self.directory.mkdir(parents=True, exist_ok=True)
-      for pattern in ("*.saving", "*.deleting"):
-        for left in self.directory.glob(pattern):
-          shutil.rmtree(left)
+      try:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.lock = claim(self.directory)
+        for pattern in ("*.saving", "*.deleting"):
+          for left in self.directory.glob(pattern):
+            shutil.rmtree(left)
+      except OSError as error:
+        raise Mistake(f"{self.directory} cannot keep checkpoints: {reason(error)}") from error
     barrier("checkpoints are tidy")
 
   def steps(self) -> list[int]:
     """Of what is committed, in order."""
-    return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
+    return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
 
   def save(self, step: int, arrays: Mapping[str, jax.Array], host: Any) -> None:
     """Starts to save; returns when the arrays may be donated.
@@ -95,13 +107,14 @@ class Checkpoints:
     self.orbax.wait_until_finished()
     if not self.first:
       return
-    files = {str(p.relative_to(scratch)): p for p in scratch.rglob("*") if p.is_file()}
-    about["files"] = {name: fingerprint(path, flush=True) for name, path in files.items()}
-    with open(scratch / MANIFEST, "w") as f:
-      json.dump(about, f)
-      f.flush()
-      os.fsync(f.fileno())
+    inside = sorted(scratch.rglob("*"))
+    files = {str(p.relative_to(scratch)): p for p in inside if p.is_file()}
+    about["files"] = {name: fingerprint(path) for name, path in files.items()}
+    (scratch / MANIFEST).write_text(json.dumps(dict(about=about, seal=seal(about))))
+    for path in (*inside, scratch / MANIFEST, scratch):
+      flush(path)
     scratch.rename(self.directory / str(step))
+    flush(self.directory)
     for old in self.steps()[: -self.keep]:
       away = (self.directory / str(old)).rename(self.directory / f"{old}.deleting")
       shutil.rmtree(away)
@@ -122,12 +135,12 @@ class Checkpoints:
 
   def failed(self, error: Exception) -> None:
     """Stops the run if the disk is to blame, else raises the error."""
-    known = isinstance(error, OSError) and error.errno in OURS
+    known = isinstance(error, OSError) and error.errno in NO_ROOM | {errno.EACCES, errno.EIO}
     if not known and not any(text in str(error) for text in FULL):
       raise error
     whole = ", ".join(map(str, self.steps())) or "none"
     raise Stopped(
-      f"stopped at step {self.saving}: the checkpoint cannot be written to {self.directory} "
+      f"stopped: the checkpoint of step {self.saving} cannot be written to {self.directory} "
       f"({reason(error)}); whole checkpoints there: {whole}; make room, and the same command goes on"
     ) from error
 
@@ -140,22 +153,30 @@ class Checkpoints:
       targets: the arrays that are wanted, with shardings.
 
     Raises:
-      Mistake: the checkpoint is of another model or optimiser.
+      Mistake: the checkpoint is of another model or optimiser, or Orbax cannot read it.
     """
     step = int(multihost_utils.broadcast_one_to_all(np.int32(self.newest() if self.first else 0)))
     if step < 0:
       return None
-    about = json.loads((self.directory / str(step) / MANIFEST).read_text())
-    for name in sorted(targets.keys() | about["arrays"].keys()):
-      there, here = about["arrays"].get(name), targets.get(name)
-      if here is None or there != [*here.shape, str(here.dtype)]:
-        wanted = "nothing" if here is None else f"{here.dtype}{list(here.shape)}"
+    checkpoint = self.directory / str(step)
+    about = read(checkpoint)
+    words = lambda shape, dtype: f"{dtype}[{', '.join(map(str, shape))}]"
+    here = {name: words(x.shape, x.dtype) for name, x in targets.items()}
+    there = {name: words(shape, dtype) for name, (*shape, dtype) in about["arrays"].items()}
+    for name in sorted(here.keys() | there.keys()):
+      if (was := there.get(name, "nothing")) != (now := here.get(name, "nothing")):
         raise Mistake(
           f"the checkpoint of step {step} in {self.directory} is of another model or optimizer: "
-          f"{name} is {there} there and {wanted} here; take another workdir"
+          f"{name} is {was} there and {now} here; take another workdir"
         )
-    where = self.directory / str(step) / "arrays"
-    return step, self.orbax.restore(where, args=ocp.args.StandardRestore(dict(targets))), about["host"]
+    try:
+      args = ocp.args.StandardRestore(dict(targets))
+      return step, self.orbax.restore(checkpoint / "arrays", args=args), about["host"]
+    except Exception as error:  # of many kinds, by the format that Orbax wrote in
+      raise Mistake(
+        f"Orbax {ocp.__version__} cannot read {checkpoint}, though it is as it was written "
+        f"({sentence(error)[:200]}); move it away, and the same command goes on from the one before"
+      ) from error
 
   def newest(self) -> int:
     """The last step whose checkpoint is whole, -1 if none is."""
@@ -165,16 +186,19 @@ class Checkpoints:
       aside = self.directory / f"damaged-{step}"
       shutil.rmtree(aside, ignore_errors=True)
       (self.directory / str(step)).rename(aside)
-      self.say(f"the checkpoint of step {step} is damaged ({fault}); going back to the one before")
+      self.say(
+        f"the checkpoint of step {step} is damaged ({fault}) and is now {aside.name}; "
+        "going back to the one before"
+      )
     return -1
 
 
 def damage(checkpoint: pathlib.Path) -> str | None:
   """What is wrong with the files of a checkpoint."""
   try:
-    expected = json.loads((checkpoint / MANIFEST).read_text())["files"]
-  except (OSError, ValueError, KeyError):
-    return f"{MANIFEST} cannot be read"
+    expected = read(checkpoint)["files"]
+  except (OSError, ValueError, KeyError, TypeError):
+    return f"{MANIFEST} is missing or not what was written"
   for name, (size, digest) in expected.items():
     path = checkpoint / name
     if not path.is_file():
@@ -186,19 +210,70 @@ def damage(checkpoint: pathlib.Path) -> str | None:
   return None
 
 
-def fingerprint(path: pathlib.Path, flush: bool = False) -> tuple[int, str]:
-  """Size and SHA-256 of a file, and whether to force it to the disk first."""
+def read(checkpoint: pathlib.Path) -> dict[str, Any]:
+  """What the manifest says; ValueError if that is not what was written."""
+  manifest = json.loads((checkpoint / MANIFEST).read_text())
+  if manifest["seal"] != seal(manifest["about"]):
+    raise ValueError(f"{MANIFEST} does not fit its seal")
+  return manifest["about"]
+
+
+def seal(about: Mapping[str, Any]) -> str:
+  """SHA-256 of a value as JSON; the same after it was written and read."""
+  return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def fingerprint(path: pathlib.Path) -> tuple[int, str]:
+  """Size and SHA-256 of a file."""
   with open(path, "rb") as f:
-    if flush:
-      os.fsync(f.fileno())
     return path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def flush(path: pathlib.Path) -> None:
+  """Forces a file, or the names in a directory, to the disk."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def claim(directory: pathlib.Path) -> Any:
+  """Keeps other processes from saving there too, until this one ends, however it ends."""
+  file = open(directory / "lock", "w")
+  try:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    raise Mistake(f"another run saves to {directory}; end it, or take another workdir") from None
+  except OSError:  # some network file systems have no locks
+    pass
+  return file
+
+
+@contextlib.contextmanager
+def writing(where: pathlib.Path | None) -> Iterator[None]:
+  """A disk that is full while other results are written stops the run with a sentence."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno not in NO_ROOM:
+      raise
+    raise Stopped(
+      f"stopped: results cannot be written to {where} ({reason(error)}); checkpoints that are "
+      "there stay whole; make room, and the same command goes on"
+    ) from error
+
+
+def not_told_twice(record: logging.LogRecord) -> bool:
+  """Whether to log: not the tracebacks of Orbax's threads, whose errors `wait` raises."""
+  return not (record.exc_info and "orbax" in record.pathname)
 
 
 def reason(error: Exception) -> str:
   """The operating system's words within a long message."""
   if isinstance(error, OSError) and error.strerror:
     return error.strerror.lower()
-  return next((text for text in FULL if text in str(error)), "").lower()
+  return next((text for text in FULL if text in str(error)), sentence(error)).lower()
 
 
 def barrier(name: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import pathlib
 import re
+import reprlib
 import runpy
+import traceback
 from typing import Any
 
 from absl import flags
@@ -15,7 +17,10 @@ from ml_collections import config_flags
 from attnx.core import registry
 
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
-KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "dict": Mapping}
+KINDS = {
+  "int": int, "float": (int, float), "bool": bool, "str": str, "dict": Mapping,
+  "Sequence[Any]": (list, tuple),
+}  # fmt: skip
 
 
 class Mistake(Exception):
@@ -76,42 +81,63 @@ def fits(what: str, make: Callable[..., Any], given: Any, offered: Sequence[str]
     Mistake: unknown or missing keys, or values of a wrong kind.
   """
   if not isinstance(given, Mapping):
-    raise Mistake(f"{what}={given!r} must be a mapping")
+    raise Mistake(f"{what}={shown(given)} must be a mapping")
   wanted = {k: p for k, p in registry.arguments(make).items() if k not in offered}
   for key, value in given.items():
     if key not in wanted:
       raise Mistake(f"{what} takes no {key!r}; {registry.suggestion(key, wanted)}")
     kinds = str(wanted[key].annotation).split(" | ")
     right = (value is None and "None" in kinds) or any(
-      isinstance(value, KINDS.get(kind, object)) and isinstance(value, bool) <= (kind != "int")
+      isinstance(value, KINDS.get(kind, object))
+      and not (isinstance(value, bool) and kind in ("int", "float"))
       for kind in kinds
       if kind != "None"
     )
     if not right:
-      raise Mistake(f"{what}.{key}={value!r} must be {wanted[key].annotation}")
+      raise Mistake(f"{what}.{key}={shown(value)} must be {wanted[key].annotation}")
   missing = [k for k, p in wanted.items() if p.default is p.empty and k not in given]
   if missing:
     raise Mistake(f"{what} needs {' and '.join(map(repr, missing))}")
 
 
 def load(where: str) -> ml_collections.ConfigDict:
-  """The config of "FILE" or "FILE:variant"."""
+  """The config of "FILE" or "FILE:variant".
+
+  Raises:
+    Mistake: the file is not there, its code fails, or it gives no config.
+  """
   file, *variant = where.split(":", 1)
   if not pathlib.Path(file).is_file():
     raise Mistake(f"there is no config file {file}")
-  get_config = runpy.run_path(file).get("get_config")
-  if get_config is None:
-    raise Mistake(f"{file} defines no get_config")
   try:
-    config = get_config(*variant)
+    get_config = runpy.run_path(file).get("get_config")
+  except (Exception, SystemExit) as error:
+    raise Mistake(failure(file, error)) from error
+  if not callable(get_config):
+    raise Mistake(f"{file} defines no function get_config")
+  try:
+    given = get_config(*variant)
   except (KeyError, TypeError, ValueError) as error:
-    if not variant:
-      raise
-    raise Mistake(f"{file} has no variant {variant[0]!r}: {sentence(error)}") from error
-  for section in registry.arguments(complete):
-    if section not in config and section in ("eval", "checkpoint", "mesh", "log"):
+    what = f"{file} has no variant {variant[0]!r}: {sentence(error)}" if variant else None
+    raise Mistake(what or failure(file, error)) from error
+  except (Exception, SystemExit) as error:
+    raise Mistake(failure(file, error)) from error
+  if not isinstance(given, Mapping | ml_collections.ConfigDict):
+    raise Mistake(f"get_config of {file} gives {shown(given)}; expected a ConfigDict")
+  config = ml_collections.ConfigDict(given)  # a copy, for what is given may be frozen
+  for section in ("eval", "checkpoint", "mesh", "log"):
+    if section not in config:
       config[section] = ml_collections.ConfigDict()
   return config
+
+
+def failure(file: str, error: BaseException) -> str:
+  """What went wrong in the code of a config file, and in which line."""
+  lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+  line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+  where = file if line is None else f"{file}, line {line}"
+  message = error.msg if isinstance(error, SyntaxError) else sentence(error)
+  return f"{where}: {type(error).__name__}: {message}"
 
 
 def override(config: ml_collections.ConfigDict, arguments: Sequence[str]) -> dict[str, Any]:
@@ -138,7 +164,21 @@ def override(config: ml_collections.ConfigDict, arguments: Sequence[str]) -> dic
     raise Mistake(sentence(error)) from error
   if rest:
     raise Mistake(f"what is {rest[0]!r}? an override is --config.key=value")
-  return config.to_dict()
+  resolved = config.to_dict()
+  check_plain("config", resolved)
+  return resolved
+
+
+def check_plain(path: str, value: Any) -> None:
+  """Refuses what config.json could not keep."""
+  if isinstance(value, Mapping):
+    for key, inner in value.items():
+      check_plain(f"{path}.{key}", inner)
+  elif isinstance(value, list | tuple):
+    for i, inner in enumerate(value):
+      check_plain(f"{path}.{i}", inner)
+  elif not isinstance(value, str | int | float | None):
+    raise Mistake(f"{path}={shown(value)} must be a number, a string, a list or a mapping")
 
 
 def prepare(config: ml_collections.ConfigDict, path: str) -> None:
@@ -155,9 +195,16 @@ def prepare(config: ml_collections.ConfigDict, path: str) -> None:
     here = here[key]
     if not isinstance(here, ml_collections.ConfigDict):
       where = ".".join(["config", *parents[: i + 1]])
-      raise Mistake(f"{where}={here!r} has nothing inside that {path!r} could name")
+      raise Mistake(f"{where}={shown(here)} has nothing inside that {path!r} could name")
   if last in here and here[last] is None:
     del here[last]
+  elif isinstance(here.get(last), list):
+    raise Mistake(f"config.{path} is a list, which only the config file can change")
+
+
+def shown(value: Any) -> str:
+  """A value in one short line."""
+  return " ".join(reprlib.repr(value).split())
 
 
 def sentence(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import contextlib
 import json
 import math
 import os
@@ -44,9 +45,9 @@ class Console:
     if workdir is not None and self.first:
       self.file = open_metrics(workdir / "metrics.jsonl", begin)
       if tensorboard:
-        import tensorboardX  # here, for it imports torch where that is installed
+        from attnx.training.events import Events  # here: tensorboardX imports torch if it is there
 
-        self.events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=begin + 1)
+        self.events = Events(workdir / "tensorboard", begin)
     if self.screen.is_terminal:
       self.bar = progress.Progress(
         progress.TextColumn("step"),
@@ -91,9 +92,7 @@ class Console:
       self.file.write(json.dumps(numbers) + "\n")
       self.file.flush()
     if self.events is not None:
-      for name, value in numbers.items():
-        if name != "step" and value is not None:
-          self.events.add_scalar(name, value, row["step"])
+      self.events.add(numbers, row["step"])
 
   def close(self) -> None:
     """Gives the terminal back and closes the files."""
@@ -101,7 +100,8 @@ class Console:
       self.bar.stop()
     for open_file in (self.file, self.events):
       if open_file is not None:
-        open_file.close()
+        with contextlib.suppress(OSError):  # of a disk that is full, which `record` has told
+          open_file.close()
 
 
 def open_metrics(path: pathlib.Path, begin: int):

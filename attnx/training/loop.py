@@ -1,4 +1,4 @@
-"""The loop, top to bottom: plan, state, steps, checkpoints, report."""
+"""The loop, top to bottom: plan, state, steps, checkpoints, evaluation, report."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from attnx.attention import explain_first
 from attnx.sharded import rules
-from attnx.training import devices, plan as plans
+from attnx.training import devices, report
+from attnx.training import plan as plans
 from attnx.training.checkpoint import Checkpoints
 from attnx.training.config import Mistake, Stopped
 from attnx.training.console import Console, complain
 from attnx.training.plan import Plan
-from attnx.training.step import Evaluation, updater
+from attnx.training.step import Evaluation, forward, updater
 from attnx.training.watch import Watch
 
 
@@ -36,13 +38,16 @@ def train(
     config: see `attnx.training.config.complete`.
     workdir: where everything is kept; None keeps nothing.
     interrupted: the name of a signal that asks to save and stop, once there was one.
-    profile: trace ten steps into `workdir`.
+    profile: trace the eleventh to the twentieth step of this session into `workdir`.
 
   Raises:
     Mistake: the config cannot run; nothing has been started.
     Stopped: by a signal, by a loss that is not finite, or by a disk that is full.
   """
+  if profile and workdir is None:
+    raise Mistake("a profile is written to the workdir: give one")
   plan = plans.make(config)
+  _, *held_out = plan.about.splits
   steps = plan.config["steps"]
   checkpoints = None
   if workdir is not None:
@@ -52,7 +57,7 @@ def train(
     write_down(plan, workdir)
   update, evaluate = updater(plan), Evaluation(plan, **plan.config["eval"])
   console = Console(workdir, steps, begin, plan.about.kind, **plan.config["log"])
-  watch = Watch(plan, console, checkpoints, seconds)
+  watch = Watch(plan, console, checkpoints, begin, seconds)
 
   with contextlib.closing(console):
     for step in range(begin + 1, steps + 1):
@@ -63,8 +68,8 @@ def train(
 
       if step % console.every == 0 or last:
         watch.show()
-      if step % evaluate.every == 0:
-        watch.show_evaluation(evaluate(state))
+      if step % evaluate.every == 0 and not last:
+        watch.show_evaluation(held_out[0], evaluate(state, held_out[0]))
       if checkpoints is not None:
         checkpoints.check()
         if step % checkpoints.every == 0 or last or signal:
@@ -72,14 +77,18 @@ def train(
           here = dict(data=everyone(batches.get_state()), seconds=watch.seconds())
           checkpoints.save(step, named(state), here)
       if profile:
-        trace(step - begin, workdir, last)
+        trace(step - begin, workdir, last or signal is not None)
       if signal:
         leave(step, signal, checkpoints)
 
     if checkpoints is not None:
       checkpoints.wait()
-    watch.show_evaluation(evaluate(state, whole=True))
-  return nnx.merge(plan.graph, state["params"], state["rest"])
+    results = {split: evaluate(state, split, whole=True) for split in held_out}
+    for split, result in results.items():
+      watch.show_evaluation(split, result)
+  model = plan.model(state["params"], state["rest"])
+  console.say(report.write(plan, model, results, watch.seconds(), workdir))
+  return model
 
 
 def start(plan: Plan, checkpoints: Checkpoints | None) -> tuple[Any, Any, int, float]:
@@ -94,7 +103,8 @@ def start(plan: Plan, checkpoints: Checkpoints | None) -> tuple[Any, Any, int, f
   count, index = jax.process_count(), jax.process_index()
   if len(states := host["data"]) != count and any(state != states[0] for state in states):
     raise Mistake(f"each of {len(states)} processes packed its own rows; {count} cannot go on")
-  batches.set_state(states[index] if len(states) == count else states[0])
+  with plans.mistakes("config.data"):
+    batches.set_state(states[index] if len(states) == count else states[0])
   places = jax.tree.structure(plan.state)
   return places.unflatten(arrays[name] for name in named(plan.state)), batches, step, host["seconds"]
 
@@ -133,7 +143,7 @@ def leave(step: int, signal: str, checkpoints: Checkpoints | None) -> None:
 
 
 def trace(step: int, workdir: pathlib.Path | None, last: bool) -> None:
-  """Ten steps of `jax.profiler`, from the tenth on."""
+  """Ten steps of `jax.profiler`, after the first ten; fewer where the session ends before."""
   if step == 10 and not last:
     jax.profiler.start_trace(str(workdir / "profile"))
   elif step == 20 or (last and 10 < step < 20):
@@ -146,3 +156,8 @@ def write_down(plan: Plan, workdir: pathlib.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n")
     (workdir / "environment.json").write_text(json.dumps(devices.describe(), indent=2) + "\n")
+    run = lambda state, batch: forward(plan.model(state["params"], state["rest"]), batch)
+    found = explain_first(run, plan.state, plan.batch)
+    head = "The first call of attention in a forward pass over the whole batch:\n\n"
+    text = "This model makes no call of attention." if found is None else f"{head}{found}"
+    (workdir / "explain.txt").write_text(f"{text}\n")

@@ -47,6 +47,16 @@ class Plan:
   batch: Any
   flops: float = 0.0
 
+  def model(self, params: Any, rest: Any) -> nnx.Module:
+    """The model with these arrays."""
+    return nnx.merge(self.graph, params, rest)
+
+  @property
+  def per_step(self) -> int:
+    """Tokens or images of a step."""
+    inputs = self.batch["inputs"]
+    return inputs.size if self.about.kind == "tokens" else inputs.shape[0]
+
   def batches(self, split: str):
     """This process' batches."""
     config, index, count = self.config, jax.process_index(), jax.process_count()
@@ -131,7 +141,7 @@ def work(plan: Plan) -> float:
 
   What rematerialisation computes again is not counted.
   """
-  run = lambda s, b: step.forward(plan.graph, s["params"], s["rest"], b, None)
+  run = lambda s, b: step.forward(plan.model(s["params"], s["rest"]), b)
   jaxpr, logits = jax.make_jaxpr(run, return_shape=True)(plan.state, plan.batch)
   classes = plan.about.vocab if plan.about.kind == "tokens" else plan.about.classes
   wanted = (*plan.batch["targets"].shape, classes)
@@ -142,8 +152,8 @@ def work(plan: Plan) -> float:
 
 @contextlib.contextmanager
 def mistakes(section: str) -> Iterator[None]:
-  """Errors of values, kinds and names that a section of the config causes, as the user's."""
+  """Errors of values, kinds, names and files that a section of the config causes, as the user's."""
   try:
     yield
-  except (KeyError, TypeError, ValueError, NotImplementedError) as error:
+  except (KeyError, TypeError, ValueError, NotImplementedError, OSError, ImportError) as error:
     raise Mistake(f"{section}: {configs.sentence(error)}") from error

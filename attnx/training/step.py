@@ -21,9 +21,8 @@ if TYPE_CHECKING:
   from attnx.training.plan import Plan
 
 
-def forward(graph, params, rest, batch, key: jax.Array | None) -> jax.Array:
+def forward(model: nnx.Module, batch, key: jax.Array | None = None) -> jax.Array:
   """Logits (B, T, V) or (B, classes); `key` is for what drops, None is evaluation."""
-  model = nnx.merge(graph, params, rest)
   inputs, options = batch["inputs"], {}
   if "positions" in batch:
     index = np.arange(inputs.shape[1], dtype=np.int32)[None]
@@ -52,7 +51,7 @@ def updater(plan: Plan) -> Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]
     total = batch["weights"].sum()
 
     def loss(params, part, key):
-      return nats(forward(plan.graph, params, rest, part, key), part) / jnp.maximum(total, 1)
+      return nats(forward(plan.model(params, rest), part, key), part) / jnp.maximum(total, 1)
 
     if parts == 1:
       return jax.value_and_grad(loss)(params, batch, key)
@@ -87,7 +86,8 @@ class Evaluation:
   Args:
     plan: of the run.
     every: steps from one evaluation to the next.
-    batches: how many to look at; None for all. At the end of a run it is always all.
+    batches: how many to look at; None for all. At the end of a run it is always all, of every
+      split that is held out.
   """
 
   def __init__(self, plan: Plan, *, every: int = 500, batches: int | None = None):
@@ -97,15 +97,15 @@ class Evaluation:
 
     @jax.jit
     def sums(params, rest, batch):
-      logits = forward(plan.graph, params, rest, batch, None)
+      logits = forward(plan.model(params, rest), batch)
       hits = (logits.argmax(-1) == batch["targets"]) * batch["weights"]
       return jnp.stack([nats(logits, batch), hits.sum(), batch["weights"].sum()])
 
     self.sums = sums
 
-  def __call__(self, state: Any, *, whole: bool = False) -> dict[str, float]:
+  def __call__(self, state: Any, split: str, *, whole: bool = False) -> dict[str, float]:
     """`loss` in nats, `accuracy`, and `scored`, the sum of the weights."""
-    held_out: Iterable = self.plan.batches(self.plan.about.splits[-1])
+    held_out: Iterable = self.plan.batches(split)
     seen = [
       self.sums(state["params"], state["rest"], rules.place(batch, self.plan.mesh))
       for batch in itertools.islice(held_out, None if whole else self.batches)

@@ -25,19 +25,17 @@ class Watch:
     plan: of the run.
     console: where they are shown.
     checkpoints: the ones to point to when the run fails.
+    begin: the step that this session starts after.
     seconds: that earlier sessions of the run took.
   """
 
   def __init__(
-    self, plan: Plan, console: Console, checkpoints: Checkpoints | None, seconds: float
+    self, plan: Plan, console: Console, checkpoints: Checkpoints | None, begin: int, seconds: float
   ):
     self.plan, self.console, self.checkpoints = plan, console, checkpoints
     self.begin = time.perf_counter() - seconds
-    self.per_step = plan.batch["inputs"].shape[0]
-    if plan.about.kind == "tokens":
-      self.per_step = plan.batch["inputs"].size
     self.peak = devices.peak() or math.nan
-    self.step = 0
+    self.step = begin
     self.pending: Mapping[str, jax.Array] | None = None
     self.losses: list[float] = []
     self.clock = self.timed = math.nan  # set by the first step, so that rates leave compiling out
@@ -76,20 +74,19 @@ class Watch:
     self.clock, self.timed = now, self.step
     row = dict(step=self.step, seconds=self.seconds(), **self.last)
     row["loss"] = float(np.mean(self.losses))
-    row[f"{self.plan.about.kind}_per_second"] = self.per_step * rate
+    row[f"{self.plan.about.kind}_per_second"] = self.plan.per_step * rate
     row["mfu"] = self.plan.flops * rate / self.peak
     self.losses = []
     self.console.show(row, left=(self.plan.config["steps"] - self.step) / rate)
 
-  def show_evaluation(self, result: Mapping[str, float]) -> None:
-    """Held-out results; the rates of training leave out the time that they took."""
+  def show_evaluation(self, split: str, result: Mapping[str, float]) -> None:
+    """Results on a split; the rates of training leave out the time that they took."""
     self.settle()
-    row = {f"eval_{k}": v for k, v in result.items()}
+    row = {f"{split}_{k}": v for k, v in result.items()}
     self.console.record(dict(step=self.step, seconds=self.seconds(), **row))
     self.clock, self.timed = time.perf_counter(), self.step
-    self.console.say(
-      f"step {self.step}: held-out loss {result['loss']:.4f}, accuracy {result['accuracy']:.1%}"
-    )
+    found = f"{split} loss {result['loss']:.4f}, accuracy {result['accuracy']:.1%}"
+    self.console.say(f"step {self.step}: {found}")
 
   def diverged(self, squares: jax.Array) -> None:
     """Stops the run, with what was not finite; what is saved is older and whole."""
