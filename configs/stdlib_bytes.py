@@ -17,7 +17,7 @@ MIXERS = {
     num_heads=4,
     num_kv_heads=2,
     position="rope",
-    mask=dict(name="sliding_window", before=127),
+    mask=dict(name="sliding_window", window=128),
     cache=dict(name="window", size=128),
     qk_norm=True,
   ),

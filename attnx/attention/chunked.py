@@ -36,7 +36,7 @@ def partial(
     q, k, v, spec, q_tokens, k_tokens: as for `attend`; shapes have been checked.
     q_chunk, k_chunk: queries and keys of a tile; by `plan.chunks` unless both are given.
   """
-  (B, T, N, _), S = q.shape, k.shape[1]
+  (B, T), S = q.shape[:2], k.shape[1]
   if q_chunk is None or k_chunk is None:
     q_chunk, k_chunk = plans.chunks(spec, q, k, v, q_tokens, k_tokens)
   bq, bk = q_chunk, k_chunk

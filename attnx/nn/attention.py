@@ -198,7 +198,7 @@ def readable(cache: Cache) -> Cache:
   if type(cache).attend is not Cache.attend:
     raise NotImplementedError(
       f"{type(cache).__name__} chooses by the queries and keys that it is given, which are not "
-      "what is cached here; take 'full' or 'window'"
+      "what is cached here; take 'full', 'window' or 'paged'"
     )
   return cache
 

@@ -41,7 +41,7 @@ WIRINGS = {"pre": pre, "post": post, "parallel": parallel}
 
 
 class Block(nnx.Module):
-  """A mixer, perhaps a second one that reads a context, and an MLP, each with a norm and a residual.
+  """A mixer, perhaps another that reads a context, and an MLP, each with a norm and a residual.
 
   Args:
     dim: D.
@@ -125,7 +125,8 @@ class Block(nnx.Module):
 
       return run
 
-    return self.wiring(x, [*map(stepping, cache), self.mlp], list(self.norms)), after
+    names = [name for name in ("mixer", "cross") if name in cache]  # jit sorts the keys of a dict
+    return self.wiring(x, [*map(stepping, names), self.mlp], list(self.norms)), after
 
 
 def dropped(f, rate: float, key: jax.Array | None):

@@ -20,6 +20,7 @@ import os
 import pathlib
 import shutil
 from typing import Any
+import weakref
 
 import jax
 from jax.experimental import multihost_utils
@@ -66,7 +67,7 @@ class Checkpoints:
     if self.first:
       try:
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.lock = claim(self.directory)
+        weakref.finalize(self, os.close, claim(self.directory))
         for pattern in ("*.saving", "*.deleting"):
           for left in self.directory.glob(pattern):
             shutil.rmtree(left)
@@ -238,16 +239,17 @@ def flush(path: pathlib.Path) -> None:
     os.close(descriptor)
 
 
-def claim(directory: pathlib.Path) -> Any:
-  """Keeps other processes from saving there too, until this one ends, however it ends."""
-  file = open(directory / "lock", "w")
+def claim(directory: pathlib.Path) -> int:
+  """A lock that keeps other processes from saving there; closing it, or any death, frees it."""
+  descriptor = os.open(directory / "lock", os.O_CREAT | os.O_WRONLY)
   try:
-    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
+    os.close(descriptor)
     raise Mistake(f"another run saves to {directory}; end it, or take another workdir") from None
   except OSError:  # some network file systems have no locks
     pass
-  return file
+  return descriptor
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ class Plan:
     """The first state, made where it will live."""
     shardings = jax.tree.map(lambda x: x.sharding, self.state)
     make = lambda seed: initial(self.config["model"], self.optimizer, seed)
-    return jax.jit(make, out_shardings=shardings)(self.config["seed"])
+    return jax.jit(make, out_shardings=shardings)(jax.numpy.uint32(self.config["seed"]))
 
 
 def initial(

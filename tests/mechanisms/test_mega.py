@@ -1,4 +1,4 @@
-"""Mega: query by query, its chunks, its gates; for its averages see tests/test_moving_average.py."""
+"""Mega: query by query, its chunks, its gates; see tests/test_moving_average.py for averages."""
 
 import dataclasses
 import math

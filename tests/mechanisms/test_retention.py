@@ -44,7 +44,8 @@ def naive(mixer, x, epsilon=1e-6):
     state = gamma * state + k[t][..., None] * v[t][..., None, :]
     o = jnp.einsum("bnh,bnhv->bnv", q[t], state)
     o = o / jnp.sqrt(jnp.mean(o * o, -1, keepdims=True) + epsilon)
-    rows.append(jnp.einsum("bnv,nvd->bd", o * jax.nn.silu(gate[t]), mixer.out.kernel[...].astype(x.dtype)))
+    out = mixer.out.kernel[...].astype(x.dtype)
+    rows.append(jnp.einsum("bnv,nvd->bd", o * jax.nn.silu(gate[t]), out))
   return jnp.stack(rows, 1)
 
 
@@ -118,7 +119,8 @@ def test_the_recurrent_normalisation_streams_and_the_others_say_that_they_do_not
     y, cache = mixer.step(piece, cache)
     outs.append(y)
   np.testing.assert_allclose(jnp.concatenate(outs, 1), mixer(x), rtol=1e-4, atol=1e-5)
-  np.testing.assert_allclose(cache.past["mass"][0, 0, 0, 0], sum((31 / 32) ** np.arange(T)), rtol=1e-5)
+  mass = cache.past["mass"][0, 0, 0, 0]
+  np.testing.assert_allclose(mass, sum((31 / 32) ** np.arange(T)), rtol=1e-5)
   for name in ("parallel", "chunkwise"):
     with pytest.raises(NotImplementedError, match="recurrent"):
       make(normalisation=name).step(x, cache)

@@ -66,7 +66,9 @@ class LinearAttention(RecurrentMixer):
       raise ValueError(f"num_kv_heads={K} must divide num_heads={num_heads}")
     offer = dict(dim=dim, num_heads=num_heads, num_kv_heads=K, head_dim=H, rngs=rngs)
     self.feature = registry.build("features", feature, **offer)
-    self.position = Position() if position is None else registry.build("positions", position, **offer)
+    self.position = (
+      Position() if position is None else registry.build("positions", position, **offer)
+    )
     self.causal, self.normalise, self.epsilon = causal, normalise, epsilon
     source = dim if context_dim is None else context_dim
     self.query = linear(dim, (num_heads, H), rngs=rngs)
@@ -109,7 +111,7 @@ class LinearAttention(RecurrentMixer):
 
   def init_cache(self, batch, length):
     if not self.causal:
-      raise NotImplementedError("sums over everything see tokens to come; stepping wants causal=True")
+      raise NotImplementedError("sums over everything see tokens to come; step with causal=True")
     return super().init_cache(batch, length)
 
   def run(self, x, past, tokens):

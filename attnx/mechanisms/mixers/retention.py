@@ -142,7 +142,7 @@ class Retention(RecurrentMixer):
 
   Raises:
     ValueError: `num_heads` does not divide D or the width of the values, or heads are odd.
-    NotImplementedError: a `context` is given; or `step` under a normalisation that wants whole rows.
+    NotImplementedError: a `context` is given; or `step` where a normalisation wants whole rows.
   """
 
   def __init__(
