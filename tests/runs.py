@@ -80,11 +80,16 @@ def finish(process: subprocess.Popen, seconds: float = 120) -> str:
     return process.communicate(timeout=seconds)[0]
 
 
-def steps(workdir: pathlib.Path) -> list[int]:
-  """Of the checkpoints there."""
+def seen(workdir: pathlib.Path) -> list[tuple[int, str]]:
+  """Steps of what is among the checkpoints, each with "saving", "deleting" or "" after it."""
   folder = workdir / "checkpoints"
-  found = folder.iterdir() if folder.exists() else ()
-  return sorted(int(path.name) for path in found if path.name.isdecimal())
+  parts = [name.partition(".") for name in (os.listdir(folder) if folder.exists() else ())]
+  return sorted((int(step), suffix) for step, _, suffix in parts if step.isdecimal())
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+  """Of the whole checkpoints there."""
+  return [step for step, suffix in seen(workdir) if not suffix]
 
 
 def arrays(workdir: pathlib.Path) -> dict[str, np.ndarray]:

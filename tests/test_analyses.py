@@ -59,7 +59,7 @@ def test_permuting_heads_permutes_the_result_or_changes_nothing(name):
   before = layers(analysis(name)(SEEN), name)
   after = layers(analysis(name)({path: x[:, order] for path, x in SEEN.items()}), name)
   axis = int("by_example" in facts(name))
-  moved = {path: np.take(x, order, axis) if "by_head" in facts(name) else x
+  moved = {path: jnp.take(x, order, axis) if "by_head" in facts(name) else x
            for path, x in before.items()}  # fmt: skip
   assert close(after, moved) and close(after, before) == ("by_head" not in facts(name))
 

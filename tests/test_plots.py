@@ -106,6 +106,16 @@ def test_the_curve_is_in_bits_and_names_its_baselines(tmp_path, drawn):
   assert ax.get_ylabel() == "bits per byte" and (tmp_path / "x.png").stat().st_size
 
 
+def test_names_of_baselines_that_are_near_stand_above_each_other(tmp_path, drawn):
+  near = {"b": 2.0, "one name that is wrapped": 1.99, "c": 2.01}
+  plots.curve(ROWS, tmp_path / "x.png", baselines=near)
+  (ax,) = drawn[0].axes
+  drawn[0].canvas.draw()
+  boxes = [text.get_window_extent() for text in ax.texts]
+  assert [text.get_text()[0] for text in ax.texts] == ["o", "b", "c"]
+  assert all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:]))
+
+
 def test_a_curve_without_a_loss_is_refused(tmp_path):
   with pytest.raises(ValueError, match="none has a loss"):
     plots.curve([dict(step=1, grad_norm=2.0)], tmp_path / "x.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import math
 import os
+import textwrap
 from typing import Any
 
 import matplotlib as mpl
@@ -91,8 +92,8 @@ def shrunk(x: np.ndarray, block: int) -> np.ndarray:
   """Rows (T, S) over their largest magnitude, and of block x block places the largest of those."""
   largest = np.abs(x).max(-1, keepdims=True)
   x = np.pad(x / np.where(largest > 0, largest, 1), [(0, -n % block) for n in x.shape])
-  tiles = x.reshape(len(x) // block, block, -1, block).swapaxes(1, 2)
-  tiles = tiles.reshape(*tiles.shape[:2], -1)
+  t, s = (n // block for n in x.shape)
+  tiles = x.reshape(t, block, s, block).swapaxes(1, 2).reshape(t, s, -1)
   return np.take_along_axis(tiles, np.abs(tiles).argmax(-1)[..., None], -1)[..., 0]
 
 
@@ -103,7 +104,7 @@ def visible(text: str) -> str:
 
 
 def curve(
-  rows: Sequence[Mapping[str, float | None]],
+  rows: Sequence[Mapping[str, Any]],
   path: str | os.PathLike,
   *,
   title: str = "",
@@ -138,16 +139,27 @@ def curve(
   if at.size:
     last = f"held out, {held_out[-1]:.3f} at last"
     ax.plot(at, held_out, color="#c8442a", marker="o", ms=3.5, lw=0.8, label=last)
-  for name, value in (baselines or {}).items():
-    ax.axhline(value, color="#555555", lw=0.9, ls=(0, (5, 3)))
-    ax.text(1.01, value, f"{name}\n{value:.3f}", transform=ax.get_yaxis_transform(), fontsize=8,
-            color="#555555", va="center", parse_math=False)  # fmt: skip
+  name_baselines(ax, baselines or {})
   ax.set(xlabel="step", ylabel=unit)
   ax.set_title(title, fontsize=10, parse_math=False)
   ax.grid(alpha=0.25)
   ax.spines[["top", "right"]].set_visible(False)
   ax.legend(frameon=False, fontsize=8)
   save(fig, path)
+
+
+def name_baselines(ax, baselines: Mapping[str, float]) -> None:
+  """A line for each, named at its right end; names that would meet stand above each other."""
+  for value in baselines.values():
+    ax.axhline(value, color="#555555", lw=0.9, ls=(0, (5, 3)))
+  free, height = -math.inf, np.ptp(ax.get_ylim())
+  for name, value in sorted(baselines.items(), key=lambda item: item[1]):
+    text = [*textwrap.wrap(name, 16), f"{value:.3f}"]
+    reach = 0.024 * len(text) * height
+    place = max(value, free + reach)
+    free = place + reach
+    ax.text(1.01, place, "\n".join(text), transform=ax.get_yaxis_transform(), fontsize=8,
+            color="#555555", va="center", parse_math=False)  # fmt: skip
 
 
 def smoothed(x: np.ndarray, share: float = 0.04) -> np.ndarray:

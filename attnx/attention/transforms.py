@@ -116,4 +116,4 @@ class ZeroHeads(Transform):
       raise ValueError(f"heads={self.heads} must be some of 0 .. {self.num_heads - 1}")
 
   def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
-    return jnp.where(jnp.isin(q.head, jnp.array(self.heads)), 0.0, scores)
+    return jnp.where(jnp.isin(jnp.asarray(q.head), jnp.array(self.heads)), 0.0, scores)

@@ -73,7 +73,21 @@ def build(interface: str, config: Any, **context: Any) -> Any:
   missing = [k for k, p in wanted.items() if p.default is p.empty and k not in given]
   if missing:
     raise TypeError(f"{interface}.{name} needs {' and '.join(map(repr, missing))}")
-  return make(**given)
+  return construct(f"{interface}.{name}", make, given)
+
+
+def construct(what: str, make: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+  """Calls `make`; values that it did not foresee are a ValueError of one line too."""
+  try:
+    return make(**given)
+  except Exception as error:
+    stated = isinstance(error, KeyError | TypeError | ValueError | NotImplementedError | OSError)
+    if isinstance(error, ImportError) or (stated and "\n" not in str(error)):
+      raise
+    first = (str(error).splitlines() or [""])[0]
+    raise ValueError(
+      f"{what} cannot be made of these arguments: {type(error).__name__}: {first}"
+    ) from error
 
 
 def arguments(make: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -49,7 +49,7 @@ def build(config: Mapping[str, Any]) -> tuple[Dataset, int | None]:
   missing = [k for k, p in wanted.items() if p.default is p.empty and k not in chosen]
   if missing:
     raise TypeError(f"the dataset {name} needs {' and '.join(map(repr, missing))}")
-  return make(**chosen), batch
+  return registry.construct(f"the dataset {name}", make, chosen), batch
 
 
 def describe(config: Mapping[str, Any]) -> Description:

@@ -39,4 +39,4 @@ def build(config: Mapping[str, Any], *, rngs: nnx.Rngs) -> nnx.Module:
   ]
   if missing:
     raise TypeError(f"the model {name} needs {' and '.join(map(repr, missing))}")
-  return make(**chosen, rngs=rngs)
+  return registry.construct(f"the model {name}", make, {**chosen, "rngs": rngs})

@@ -221,8 +221,8 @@ class Evicting(Cache):
   def numbers(self, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
     """The place of new tokens among all of their row, (B, t), -1 for padding; the next `count`."""
     live = (tokens.position >= 0).astype(jnp.int32)
-    number = self.count[:, None] + live.cumsum(1) - 1
-    return jnp.where(live > 0, number, -1), self.count + live.sum(1)
+    number = self.count[:, None] + live.cumsum(1, dtype=jnp.int32) - 1
+    return jnp.where(live > 0, number, -1), self.count + live.sum(1, dtype=jnp.int32)
 
 
 def placed(position: jax.Array, segment: jax.Array) -> Tokens:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -18,7 +21,7 @@ class Past:
   """The last W - 1 inputs of a convolution of width W.
 
   Attributes:
-    value: (B, W - 1, D), zero where there was no token.
+    value: (B, W - 1, N, V), zero where there was no token.
     there: bool (B, W - 1), whether there was one.
     segment: (B, W - 1), documents of the tokens.
   """
@@ -28,14 +31,14 @@ class Past:
   segment: jax.Array
 
   @classmethod
-  def empty(cls, batch: int, length: int, dim: int) -> Past:
-    """`length` places before the first token."""
+  def empty(cls, batch: int, length: int, heads: Sequence[int], dtype: Any = jnp.float32) -> Past:
+    """`length` places without a token, for heads (N, V)."""
     nobody = jnp.zeros((batch, length), bool)
-    value = jnp.zeros((batch, length, dim), jnp.float32)
+    value = jnp.zeros((batch, length, *heads), dtype)
     return cls(value=value, there=nobody, segment=nobody.astype(jnp.int32))
 
   def __add__(self, later: Past) -> Past:
-    join = lambda a, b: jnp.concatenate([jnp.broadcast_to(a, b.shape[:1] + a.shape[1:]), b], axis=1)
+    join = lambda a, b: jnp.concatenate([a, b], axis=1)
     return Past(
       value=join(self.value.astype(later.value.dtype), later.value),
       there=join(self.there, later.there),
@@ -97,55 +100,63 @@ class TapMixer(Mixer):
 
   def __call__(self, x, *, context=None, tokens=None, context_tokens=None, key=None):
     refuse(self, context=context, context_tokens=context_tokens)
-    before, after = self._reach()
-    here = self._inputs(x, Tokens.of_length(x.shape[1]) if tokens is None else tokens)
-    ends = [Past.empty(x.shape[0], n, x.shape[2]) for n in (before, after)]
-    ends[1] = Past(ends[1].value.astype(x.dtype), ends[1].there, ends[1].segment)
-    return self.out(self._mix(ends[0] + here + ends[1], key))
+    v = self.values(x)
+    return self._project(self._whole(v, v, tokens, key))
+
+  def values(self, x):
+    a, b = jnp.split(self.value(x), 2, axis=-1)
+    return (a * jax.nn.sigmoid(b)).reshape(*x.shape[:2], self.num_heads, -1)
+
+  def mix(self, x, values, *, context=None, tokens=None, context_tokens=None):
+    refuse(self, context=context, context_tokens=context_tokens)
+    return self._whole(self.values(x), values, tokens, None)
 
   def init_cache(self, batch: int, length: int) -> Past:
     del length  # the taps reach as far back as they do
-    if not self.causal:
-      raise NotImplementedError("centred taps see tokens to come; stepping needs causal=True")
-    return Past.empty(batch, self.width - 1, self.out.kernel.shape[0])
+    self._check_steps()
+    dim = self.out.kernel.shape[0]
+    return Past.empty(batch, self.width - 1, (self.num_heads, dim // self.num_heads))
 
   def step(self, x, cache, *, tokens=None):
-    if not self.causal:
-      raise NotImplementedError("centred taps see tokens to come; stepping needs causal=True")
+    self._check_steps()
     if tokens is None:  # the document that the last token belonged to goes on
       goes_on = cache.segment[:, -1:] if self.width > 1 else jnp.zeros((1, 1), jnp.int32)
       place = jnp.arange(x.shape[1])[None]
       tokens = Tokens(index=place, position=place, segment=jnp.broadcast_to(goes_on, x.shape[:2]))
-    joined = cache + self._inputs(x, tokens)
+    v = self.values(x)
+    joined = cache + inputs(v, tokens)
     last = lambda a, was: a[:, a.shape[1] - self.width + 1 :].astype(was.dtype)
-    return self.out(self._mix(joined, None)), jax.tree.map(last, joined, cache)
+    return self._project(self._mix(v, joined, None)), jax.tree.map(last, joined, cache)
+
+  def _check_steps(self):
+    if not self.causal:
+      raise NotImplementedError("centred taps see tokens to come; stepping needs causal=True")
+
+  def _project(self, heads: jax.Array) -> jax.Array:
+    return self.out(heads.reshape(*heads.shape[:2], -1))
 
   def _reach(self) -> tuple[int, int]:
     """Taps before and after the token itself."""
     before = self.width - 1 if self.causal else (self.width - 1) // 2
     return before, self.width - 1 - before
 
-  def _inputs(self, x: jax.Array, tokens: Tokens) -> Past:
-    a, b = jnp.split(self.value(x), 2, axis=-1)
-    there = jnp.broadcast_to(jnp.asarray(tokens.position) >= 0, x.shape[:2])
-    value = jnp.where(there[..., None], a * jax.nn.sigmoid(b), jnp.zeros((), a.dtype))
-    segment = jnp.broadcast_to(jnp.asarray(tokens.segment), x.shape[:2])
-    return Past(value=value, there=there, segment=segment)
+  def _whole(self, v, values, tokens, key) -> jax.Array:
+    """Heads of a whole sequence: taps by what they predict from v, of any values (B, T, N, V)."""
+    here = inputs(values, Tokens.of_length(v.shape[1]) if tokens is None else tokens)
+    nobody = lambda n: Past.empty(v.shape[0], n, values.shape[2:], values.dtype)
+    before, after = map(nobody, self._reach())
+    return self._mix(v, before + here + after, key)
 
-  def _mix(self, joined: Past, key: jax.Array | None) -> jax.Array:
-    """The tokens (B, T, D) of (B, W - 1 + T, D) that have W - 1 others around them."""
-    W, before = self.width, self._reach()[0]
-    T = joined.value.shape[1] - W + 1
+  def _mix(self, v: jax.Array, joined: Past, key: jax.Array | None) -> jax.Array:
+    """Heads (B, T, N, V) of (B, W - 1 + T, N, V), with taps that v (B, T, N, D / N) predicts."""
+    W, before, T = self.width, self._reach()[0], v.shape[1]
     at = lambda a, j: a[:, j : j + T]
-    here = at(joined.there, before)
-    same = [at(joined.segment, j) == at(joined.segment, before) for j in range(W)]
-    meets = jnp.stack([at(joined.there, j) & here & same[j] for j in range(W)], axis=-1)
-    v = at(joined.value, before)
-    taps = self._taps(self.logits(v).astype(working_dtype(v)), meets[:, :, None], key)
-    B, _, D = v.shape
-    heads = lambda j: at(joined.value, j).reshape(B, T, self.num_heads, -1)
-    out = sum(taps[..., j, None] * heads(j) for j in range(W))
-    return jnp.reshape(out, (B, T, D)).astype(v.dtype)
+    here, segment = at(joined.there, before), at(joined.segment, before)
+    meets = [at(joined.there, j) & here & (at(joined.segment, j) == segment) for j in range(W)]
+    logits = self.logits(v.reshape(*v.shape[:2], -1)).astype(working_dtype(v))
+    taps = self._taps(logits, jnp.stack(meets, axis=-1)[:, :, None], key)
+    heads = sum(taps[..., j, None] * at(joined.value, j) for j in range(W))
+    return jnp.asarray(heads).astype(joined.value.dtype)
 
   def _taps(self, logits: jax.Array, meets: jax.Array, key: jax.Array | None) -> jax.Array:
     """Logits (#B, #T, N, W) and which meet a token (B, T, 1, W) to weights (B, T, N, W)."""
@@ -158,3 +169,11 @@ class TapMixer(Mixer):
       return taps
     kept = jax.random.bernoulli(key, 1 - self.dropout, taps.shape)
     return jnp.where(kept, taps / (1 - self.dropout), 0.0)
+
+
+def inputs(values: jax.Array, tokens: Tokens) -> Past:
+  """Values (B, T, N, V) where they sit; zero where there is no token."""
+  rows = lambda x: jnp.broadcast_to(jnp.asarray(x), values.shape[:2])
+  there = rows(tokens.position) >= 0
+  value = jnp.where(there[..., None, None], values, jnp.zeros((), values.dtype))
+  return Past(value=value, there=there, segment=rows(tokens.segment))

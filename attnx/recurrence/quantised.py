@@ -77,7 +77,7 @@ class Past:
 
   @classmethod
   def empty(
-    cls, batch: int, memory: int, codewords: tuple[int, int, int], width: int, dtype: Any
+    cls, batch: int, memory: int, codewords: tuple[int, ...], width: int, dtype: Any
   ) -> Past:
     """No tokens, with room for M = `memory` keys of (K, R, H) codewords and values of a width."""
     K, R, H = codewords

@@ -19,6 +19,7 @@ import logging
 import os
 import pathlib
 import shutil
+import traceback
 from typing import Any
 import weakref
 
@@ -59,7 +60,8 @@ class Checkpoints:
       raise Mistake(f"checkpoint.every={every} and checkpoint.keep={keep} must be at least 1")
     self.directory, self.say, self.every, self.keep = directory.absolute(), say, every, keep
     self.first = jax.process_index() == 0
-    logging.getLogger("absl").addFilter(not_told_twice)
+    for name in ("absl", "asyncio"):
+      logging.getLogger(name).addFilter(not_told_twice)
     self.orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
     self.pool = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self.pending: concurrent.futures.Future | None = None
@@ -268,7 +270,8 @@ def writing(where: pathlib.Path | None) -> Iterator[None]:
 
 def not_told_twice(record: logging.LogRecord) -> bool:
   """Whether to log: not the tracebacks of Orbax's threads, whose errors `wait` raises."""
-  return not (record.exc_info and "orbax" in record.pathname)
+  trace = traceback.extract_tb(record.exc_info[2]) if record.exc_info else []
+  return not any("orbax" in frame.filename for frame in trace)
 
 
 def reason(error: Exception) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from attnx.core import registry
 from attnx.mechanisms.mixers.dynamic_conv import DynamicConv
+from attnx.nn.implicit import implicit_attention
 
 B, T, D, N = 2, 12, 16, 4
 X = np.random.default_rng(0).normal(size=(B, T, D))
@@ -68,6 +69,16 @@ def test_with_constant_taps_it_is_a_lightweight_convolution():
   light.out.kernel.set_value(mixer.out.kernel[...])
   mixer.logits = lambda v: light.kernel[...][None, None]
   np.testing.assert_allclose(mixer(x), light(x), rtol=1e-6)
+
+
+def test_its_matrix_is_a_band_that_each_token_fills_for_itself():
+  mixer, x = make(3, causal=False), jnp.asarray(X, jnp.float32)
+  v = mixer.values(x)
+  taps = jax.nn.softmax(mixer.logits(v.reshape(B, T, D)), axis=-1)  # (B, T, N, W)
+  expected = sum(taps[..., j].swapaxes(1, 2)[..., None] * np.eye(T, k=j - 1) for j in range(3))
+  np.testing.assert_allclose(implicit_attention(mixer, x), expected, rtol=1e-5, atol=1e-7)
+  heads = jnp.einsum("bnts,bsnv->btnv", expected, v).reshape(B, T, D)
+  np.testing.assert_allclose(mixer.out(heads), mixer(x), rtol=1e-4, atol=1e-5)
 
 
 def test_stepping_in_uneven_pieces_equals_one_call():

@@ -31,7 +31,8 @@ def test_it_is_the_formula_with_a_transform_written_as_a_sum(length):
     base, bias = 1 + RNG.normal(size=mixer.shape), 0.3 * RNG.normal(size=mixer.shape)
     mixer.base.set_value(jnp.asarray(base))
     mixer.bias.set_value(jnp.asarray(bias))
-    hidden = jax.nn.gelu(x.mean(1) @ np.asarray(mixer.hidden.kernel[...], float))
+    hidden = x.mean(1) @ np.asarray(mixer.hidden.kernel[...], float)
+    hidden = hidden * (1 + jax.scipy.special.erf(hidden / 2**0.5)) / 2
     gain = base + (hidden @ np.asarray(mixer.adapt.kernel[...], float)).reshape(B, *mixer.shape)
     at = np.arange(length)
     wave = np.exp(-2j * np.pi * np.outer(at, at) / length) / np.sqrt(length)
@@ -60,6 +61,19 @@ def test_the_filter_of_a_kernel_is_a_circular_convolution():
   mixer.base.set_value(jnp.broadcast_to(jnp.asarray(np.fft.rfft(taps).real), mixer.shape))
   expected = 0.6 * x + 0.2 * np.roll(x, 1, 1) + 0.2 * np.roll(x, -1, 1)
   np.testing.assert_allclose(mixer(jnp.asarray(x, jnp.float32)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_finite_differences():
+  with jax.enable_x64(True):
+    mixer, x = make(9, adaptive=True), inputs(9)
+    graph, params = nnx.split(mixer)
+    params = jax.tree.map(lambda p: jnp.asarray(p + 0.3, float), params)
+    loss = jax.jit(lambda p, x: jnp.sin(nnx.merge(graph, p)(x)).sum())
+    move = jax.tree.map(lambda p: jnp.asarray(RNG.normal(size=p.shape)), (params, x))
+    at = lambda h: loss(*jax.tree.map(lambda p, d: p + h * d, (params, x), move))
+    grads = jax.grad(loss, argnums=(0, 1))(params, jnp.asarray(x))
+    slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: (g * d).sum(), grads, move)))
+    np.testing.assert_allclose(slope, (at(1e-6) - at(-1e-6)) / 2e-6, rtol=1e-6)
 
 
 def test_turning_the_circle_turns_the_output():

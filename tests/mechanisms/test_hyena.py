@@ -17,9 +17,9 @@ B, T, D, L = 2, 11, 4, 16
 X = np.random.default_rng(0).normal(size=(B, T, D))
 
 
-def make(order=2, max_length=L, **options):
-  options = dict(filter_width=8, frequency=3.0) | options
-  return Hyena(D, max_length=max_length, order=order, **options, rngs=nnx.Rngs(0))
+def make(order=2, **options):
+  kinds = dict(max_length=L, filter_width=8, frequency=3.0)
+  return Hyena(D, order=order, **kinds, **options, rngs=nnx.Rngs(0))
 
 
 def taps_of(filter, length, bands):
@@ -42,8 +42,7 @@ def naive(mixer, x, bands):
   u = jnp.stack([
     mixer.conv.bias[...] + sum(w[i] * u[:, t - i] for i in range(min(3, t + 1))) for t in range(T)
   ], axis=1)  # fmt: skip
-  x0, *gates, v = jnp.split(u, mixer.skip.shape[1] + 2, -1)
-  h = taps_of(mixer.filter, T, bands)
+  (x0, *gates, v), h = jnp.split(u, mixer.skip.shape[1] + 2, -1), taps_of(mixer.filter, T, bands)
   for i, gate in enumerate(gates[::-1]):
     z = gate * v
     sums = [sum(h[t - s, :, i] * z[:, s] for s in range(t + 1)) for t in range(T)]
@@ -100,8 +99,7 @@ def packed(*lengths) -> Tokens:
 def test_packed_prompts_and_later_documents_step_as_if_alone():
   mixer, x = make(3), X.astype(np.float32)
   tokens = packed(2, 5, 4)
-  alone = [mixer(x[:, a:b]) for a, b in ((0, 2), (2, 7), (7, 11))]
-  expected = jnp.concatenate(alone, axis=1)
+  expected = jnp.concatenate([mixer(x[:, a:b]) for a, b in ((0, 2), (2, 7), (7, 11))], axis=1)
   np.testing.assert_allclose(mixer(x, tokens=tokens), expected, rtol=1e-4, atol=1e-5)
   for cuts in ((0, 6, 7, 10, 11), (0, 1, 2, 3, 11)):
     cache, outs = mixer.init_cache(B, 5), []
@@ -113,12 +111,10 @@ def test_packed_prompts_and_later_documents_step_as_if_alone():
 
 def test_what_does_not_fit_is_seen_and_is_over_with_its_document():
   mixer, x = make(), X.astype(np.float32)
-  y, cache = mixer.step(x[:, :5], mixer.init_cache(B, 5))
-  assert np.isfinite(y).all()
-  y, cache = mixer.step(x[:, 5:6], cache)
-  assert np.isnan(y).all()
-  new = dataclasses.replace(Tokens.of_length(3), segment=np.full((1, 3), 1))
-  y, _ = mixer.step(x[:, :3], cache, tokens=new)
+  five, cache = mixer.step(x[:, :5], mixer.init_cache(B, 5))
+  six, cache = mixer.step(x[:, 5:6], cache)
+  assert np.isfinite(five).all() and np.isnan(six).all()
+  y = mixer.step(x[:, :3], cache, tokens=packed(1, 3)[1:])[0]
   np.testing.assert_allclose(y, mixer(x[:, :3]), rtol=1e-4, atol=1e-5)
   with pytest.raises(ValueError, match="17 tokens exceed max_length=16"):
     mixer.init_cache(B, 17)

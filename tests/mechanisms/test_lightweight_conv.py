@@ -8,14 +8,14 @@ import pytest
 
 from attnx.core.tokens import Tokens
 from attnx.mechanisms.mixers.lightweight_conv import LightweightConv
+from attnx.nn.implicit import implicit_attention
 
 B, T, D, N = 2, 12, 16, 4
 X = np.random.default_rng(0).normal(size=(B, T, D))
 
 
 def make(width=3, **options):
-  mixer = LightweightConv(D, num_heads=N, width=width, rngs=nnx.Rngs(0), **options)
-  return mixer
+  return LightweightConv(D, num_heads=N, width=width, rngs=nnx.Rngs(0), **options)
 
 
 def glu(mixer, x):
@@ -74,6 +74,19 @@ def test_channels_are_dealt_to_heads_in_blocks():
   np.testing.assert_allclose(y[:, 1:, D // N :], mean, rtol=1e-4, atol=1e-5)
 
 
+def test_its_matrix_is_a_band_of_the_same_taps_for_every_token():
+  mixer, x = make(3), jnp.asarray(X, jnp.float32)
+  taps = jax.nn.softmax(mixer.kernel[...], axis=-1)
+  expected = sum(taps[:, j, None, None] * np.eye(T, k=j - 2) for j in range(3))
+  np.testing.assert_allclose(implicit_attention(mixer, x)[1], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_taps_begin_as_those_of_the_released_code():
+  mixer = LightweightConv(512, num_heads=256, width=31, rngs=nnx.Rngs(0))
+  bound = (6 / (31 + 256 * 31)) ** 0.5  # Xavier's, of 31 inputs and 256 * 31 outputs
+  assert 0.98 * bound < np.abs(mixer.kernel[...]).max() <= bound
+
+
 def test_steps_after_a_prompt_padded_on_the_left_equal_one_call():
   mixer = make(5, renormalise=True)
   x = X.astype(np.float32)
@@ -85,7 +98,7 @@ def test_steps_after_a_prompt_padded_on_the_left_equal_one_call():
   for t in range(6, T):
     y, cache = mixer.step(x[:, t : t + 1], cache)
     outs.append(y)
-  assert cache.value.shape == (B, 4, D)
+  assert cache.value.shape == (B, 4, N, D // N)
   np.testing.assert_allclose(jnp.concatenate(outs, 1), whole, rtol=1e-5, atol=1e-6)
 
 

@@ -9,6 +9,7 @@ import pytest
 from attnx.attention import attend
 from attnx.core.tokens import Tokens
 from attnx.mechanisms.mixers.linformer import Linformer
+from attnx.nn.implicit import implicit_attention
 
 B, T, S, D, N, K, H, LENGTH, R = 2, 7, 11, 16, 4, 2, 4, 16, 5
 RNG = np.random.default_rng(0)
@@ -20,46 +21,47 @@ def make(rank=R, length=LENGTH, **options):
   return Linformer(D, length=length, rank=rank, rngs=nnx.Rngs(0), **options)
 
 
-def naive(mixer, x, context):
-  """Compressed keys and values, then softmax, in float64 NumPy; (B, T, D)."""
-  array = lambda p: np.asarray(p[...], float)
-  project = lambda x, p: np.einsum("bsd,dnh->bsnh", x, array(p.kernel))
-  q, k, v = project(x, mixer.query), project(context, mixer.key), project(context, mixer.value)
+def array(parameter):
+  return np.asarray(parameter[...], float)
+
+
+def project(x, layer):
+  return np.einsum("bsd,dnh->bsnh", x, array(layer.kernel))
+
+
+def matrices(mixer, x, context):
+  """Softmax over compressed keys (B, N, T, R) and F (K, S, R), in float64 NumPy."""
   e = array(mixer.compress_key)
   f = e if mixer.compress_value is None else array(mixer.compress_value)
   e, f = (np.broadcast_to(m, (K, *m.shape[1:]))[:, : context.shape[1]] for m in (e, f))
-  k, v = np.einsum("bskh,ksr->brkh", k, e), np.einsum("bskh,ksr->brkh", v, f)
-  k, v = np.repeat(k, N // K, 2), np.repeat(v, N // K, 2)
-  weights = np.exp(np.einsum("btnh,brnh->bntr", q, k) / np.sqrt(H))
-  weights = weights / weights.sum(-1, keepdims=True)
+  k = np.repeat(np.einsum("bskh,ksr->brkh", project(context, mixer.key), e), N // K, 2)
+  weights = np.exp(np.einsum("btnh,brnh->bntr", project(x, mixer.query), k) / np.sqrt(H))
+  return weights / weights.sum(-1, keepdims=True), f
+
+
+def naive(mixer, x, context):
+  weights, f = matrices(mixer, x, context)
+  v = np.repeat(np.einsum("bskh,ksr->brkh", project(context, mixer.value), f), N // K, 2)
   return np.einsum("bntr,brnh,nhd->btd", weights, v, array(mixer.out.kernel))
 
 
-@pytest.mark.parametrize("sharing, matrices", [("none", 2 * K), ("head", 2), ("kv", 1)])
-def test_it_is_the_formula_however_matrices_are_shared(sharing, matrices):
+@pytest.mark.parametrize("sharing, count", [("none", 2 * K), ("head", 2), ("kv", 1)])
+def test_it_is_the_formula_however_matrices_are_shared(sharing, count):
   with jax.enable_x64(True):
     mixer = make(sharing=sharing)
     compressors = [m for m in (mixer.compress_key, mixer.compress_value) if m is not None]
-    assert sum(m[...].size for m in compressors) == matrices * LENGTH * R
+    assert sum(m[...].size for m in compressors) == count * LENGTH * R
     actual = mixer(jnp.asarray(X), context=jnp.asarray(CONTEXT))
     np.testing.assert_allclose(actual, naive(mixer, X, CONTEXT), rtol=1e-9, atol=1e-10)
     np.testing.assert_allclose(mixer(jnp.asarray(X)), naive(mixer, X, X), rtol=1e-9, atol=1e-10)
 
 
-def test_an_identity_compresses_nothing():
-  mixer, context = make(rank=S, length=S), jnp.asarray(CONTEXT, jnp.float32)
+@pytest.mark.parametrize("block", [1, 2])
+def test_an_identity_compresses_nothing_and_averages_of_blocks_are_attention_over_means(block):
+  mixer, context = make(rank=8 // block, length=8), jnp.asarray(CONTEXT[:, :8], jnp.float32)
   for m in (mixer.compress_key, mixer.compress_value):
-    m.set_value(jnp.eye(S)[None])
-  x = jnp.asarray(X, jnp.float32)
-  expected = mixer.out(attend(mixer.query(x), mixer.key(context), mixer.value(context)))
-  np.testing.assert_allclose(mixer(x, context=context), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_averages_of_blocks_are_attention_over_means():
-  mixer, context = make(rank=4, length=8), jnp.asarray(CONTEXT[:, :8], jnp.float32)
-  for m in (mixer.compress_key, mixer.compress_value):
-    m.set_value(jnp.repeat(jnp.eye(4), 2, axis=0)[None] / 2)
-  x, means = jnp.asarray(X, jnp.float32), context.reshape(B, 4, 2, D).mean(2)
+    m.set_value(jnp.repeat(jnp.eye(8 // block), block, axis=0)[None] / block)
+  x, means = jnp.asarray(X, jnp.float32), context.reshape(B, 8 // block, block, D).mean(2)
   expected = mixer.out(attend(mixer.query(x), mixer.key(means), mixer.value(means)))
   np.testing.assert_allclose(mixer(x, context=context), expected, rtol=1e-4, atol=1e-5)
 
@@ -78,6 +80,34 @@ def test_padding_on_either_side_is_not_there(traced):
     np.testing.assert_array_equal(out[:, [0, 1] if pad == left else [7, 8]], 0.0)
 
 
+def test_padding_may_be_called_another_document():
+  mixer, x = make(), X.astype(np.float32)
+  position = np.r_[np.arange(5), -1, -1][None]
+  tokens = Tokens(index=np.arange(T)[None], position=position, segment=(position < 0) * 3)
+  actual = mixer(x, tokens=tokens)
+  np.testing.assert_allclose(actual[:, :5], mixer(x[:, :5]), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_finite_differences():
+  with jax.enable_x64(True):
+    graph, params = nnx.split(make(sharing="none"))
+    params = jax.tree.map(lambda p: p.astype(float), params)
+    loss = jax.jit(lambda p: jnp.sin(nnx.merge(graph, p)(X, context=CONTEXT)).sum())
+    move = jax.tree.map(lambda p: jnp.asarray(RNG.normal(size=p.shape)), params)
+    up, down = (loss(jax.tree.map(lambda p, d: p + h * d, params, move)) for h in (1e-6, -1e-6))
+    slopes = jax.tree.map(lambda g, d: (g * d).sum(), jax.grad(loss)(params), move)
+    np.testing.assert_allclose(sum(jax.tree.leaves(slopes)), (up - down) / 2e-6, rtol=1e-6)
+
+
+def test_its_matrix_is_the_weights_of_rows_times_what_rows_are_made_of():
+  mixer = make(sharing="none")
+  weights, f = matrices(mixer, X, X)
+  matrix = implicit_attention(mixer, jnp.asarray(X, jnp.float32))
+  np.testing.assert_allclose(
+    matrix, np.einsum("bntr,nsr->bnts", weights, np.repeat(f, N // K, 0)), rtol=1e-4, atol=1e-5
+  )
+
+
 def test_queries_do_not_mix_and_the_order_of_keys_matters():
   mixer, x, context = make(), X.astype(np.float32), CONTEXT.astype(np.float32)
   whole = mixer(x, context=context)
@@ -93,9 +123,10 @@ def test_what_it_cannot_do_is_refused():
   with pytest.raises(ValueError, match="position 16 has no row"):
     make()(x, tokens=late)
   packed = Tokens(index=late.index, position=late.index, segment=late.index // 4)
-  with pytest.raises(NotImplementedError, match="give one to a row"):
-    make()(x, tokens=packed)
-  with pytest.raises(NotImplementedError, match="segments must be known"):
-    jax.eval_shape(lambda tokens: make()(x, tokens=tokens), packed)
-  with pytest.raises(NotImplementedError, match="several mixers"):
-    make(sharing="layer")
+  for match, call in (
+    ("give one to a row", lambda: make()(x, tokens=packed)),
+    ("must be known", lambda: jax.eval_shape(lambda tokens: make()(x, tokens=tokens), packed)),
+    ("several mixers", lambda: make(sharing="layer")),
+  ):
+    with pytest.raises(NotImplementedError, match=match):
+      call()

@@ -32,8 +32,8 @@ def naive(mixer, x):
   rms = lambda x: x / jnp.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * tau
   t, s = np.mgrid[:T, :T]
   met = s >= t // L * L - M  # one by one, where the gradient passes the codeword
-  wave = np.abs(t - s)[..., None] / 100_000.0 ** (np.arange(0, D, 2) / D)
-  wave = np.concatenate([np.sin(wave), np.cos(wave)], -1)
+  angle = np.abs(t - s)[..., None] / 100_000.0 ** (np.arange(0, D, 2) / D)
+  r = np.concatenate([np.sin(angle), np.cos(angle)], -1) * (t - s <= M)[..., None] * tau
   words = mixer.code_sum[...] / np.maximum(mixer.code_count[...], 0.01)[..., None]
   for n in range(N):
     at = n // (N // K)
@@ -42,8 +42,7 @@ def naive(mixer, x):
     u, e = (bias[n] * tau for bias in (mixer.content_bias, mixer.relative_bias))
     straight = (k - jax.lax.stop_gradient(k))[:, None] * met[..., None]
     scores = jnp.einsum("bth,btsh->bts", q + u, word[:, None] + straight)
-    r = wave @ mixer.distance.kernel[:, at] * tau
-    scores += jnp.einsum("bth,tsh->bts", q + e, r * (t - s <= M)[..., None])
+    scores += jnp.einsum("bth,tsh->bts", q + e, r @ mixer.distance.kernel[:, at])
     weights = jax.nn.softmax(jnp.where(s <= t, scores, -jnp.inf))
     head = weights @ jax.nn.silu(x @ mixer.value.kernel[:, at])
     y += head * jax.nn.silu(x @ mixer.gate.kernel[:, n]) @ mixer.out.kernel[n]
@@ -84,17 +83,15 @@ def test_the_past_is_counts_and_means_of_codes_at_any_length():
 
 
 def test_documents_with_gaps_are_as_if_alone_across_steps():
-  order = np.array([-1, 0, 1, 2, -1, 3, 0, 1, -1, -1, 2, 3, 4])
-  first = np.isin(np.arange(T), [1, 2, 3, 5])
-  where = Tokens.of_length(T)
-  tokens = Tokens(where.index, order[None], np.where(np.arange(T) < 6, 7, 2)[None])
+  order, place = np.array([-1, 0, 1, 2, -1, 3, 0, 1, -1, -1, 2, 3, 4]), np.arange(T)
+  tokens = Tokens(place[None], order[None], np.where(place < 6, 7, 2)[None])
   with jax.enable_x64(True):
-    for cuts in ((), (2, 7, 9, 11)):
+    for cuts in ((), (3, 9)):
       mixer, out = make(block=4, memory=2), np.zeros_like(X)
       past = specs.wide(mixer.init_cache(B, T))
       for a, b in zip((0, *cuts), (*cuts, T)):
         out[:, a:b], past = mixer.step(X[:, a:b], past, tokens=tokens[a:b])
-      for document in (first, ~first & (order >= 0)):
+      for document in ((order >= 0) & (place < 6), (order >= 0) & (place >= 6)):
         np.testing.assert_allclose(out[:, document], mixer(X[:, document]), **CLOSE)
       assert (out[:, order < 0] == 0).all() and past.seen.tolist() == [5] * B
 
@@ -111,15 +108,13 @@ def test_a_codebook_of_the_keys_themselves_quantises_nothing():
 
 def test_who_looks_sees_quadratic_weights_and_what_the_codebook_learns_from():
   mixer, x = make(), jnp.asarray(X, jnp.float32)
-  seen = nnx.capture(mixer, nnx.Intermediate)(x)[1]
+  _, seen = nnx.capture(mixer, nnx.Intermediate)(x)
   seen = {name: value.get_value()[0] for name, value in seen.items()}
   v = jnp.repeat(mixer.values(x), N // K, 2)
   read = jnp.einsum("bnts,bsnv->btnv", seen["weights"], v)
-  np.testing.assert_allclose(read, seen["heads"], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(seen["heads"], read, rtol=1e-4, atol=1e-5)
   k, words = mixer.keys(x), mixer.codebook.codewords()
   far = jnp.square(k[:, :, :, None] - words).sum(-1)  # (B, T, K, R)
   np.testing.assert_allclose(seen["commitment"], far.min(-1).sum(-1).mean(), rtol=1e-4)
   which = np.asarray(far.argmin(-1))[..., None] == np.arange(R)
   np.testing.assert_array_equal(seen["codebook"].count, which.sum((0, 1)))
-  sums = np.einsum("btkr,btkh->krh", which, k)
-  np.testing.assert_allclose(seen["codebook"].sum, sums, rtol=1e-4, atol=1e-5)

@@ -18,11 +18,11 @@ class Rollout:
 
   The weight of every path from an input to an output, where a block hands on what its mixer read
   and what it got alike: r = 1/2, the paper's choice. Rows of R sum to one. It knows neither how
-  large values are nor what MLPs do, so it is no causal claim.
+  large values are nor what MLPs do, so it is no causal claim (arXiv:2005.00928).
 
-  A query that sees nothing keeps what it had, also without residual. Negative weights count as zero
-  before heads are averaged (arXiv:2405.16504). Where rows do not sum to one, as those of
-  recurrences, their scale says how much more than the residual they are (arXiv:2005.00928).
+  A query that sees nothing keeps what it had, also without residual. Negative weights, which the
+  paper does not have, count as zero before heads are averaged (as in arXiv:2405.16504); rows that
+  do not sum to one, as those of recurrences, weigh against the residual by their size.
 
   Args:
     seen: `<layer>/weights`, (B, N, T, T) each, of layers that follow on one another; of an encoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from attnx.attention.masks import pick
@@ -29,7 +30,7 @@ class Scale(Transform):
   factor: jax.Array
 
   def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
-    return scores * pick(self.factor, q, k).astype(scores.dtype)
+    return scores * pick(jnp.asarray(self.factor), q, k).astype(scores.dtype)
 
 
 ENTRY = Entry(

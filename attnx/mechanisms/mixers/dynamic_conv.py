@@ -29,7 +29,7 @@ class DynamicConv(TapMixer):
 ENTRY = Entry(
   make=DynamicConv,
   paper="arXiv:1901.10430",
-  facts={"streaming", "constant_state", "packed", "any_length"},
+  facts={"streaming", "constant_state", "packed", "any_length", "linear_in_values"},
   tiny=dict(num_heads=4, width=3),
   patterns={"causal_self": {}, "noncausal_self": dict(causal=False)},
 )

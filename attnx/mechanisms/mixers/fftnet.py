@@ -56,7 +56,7 @@ class FFTNet(Mixer):
 
   def filter(self, x: jax.Array) -> jax.Array:
     """W of each row, (B, T, D) to (B, N, F)."""
-    change = self.adapt(jax.nn.gelu(self.hidden(x.mean(1))))
+    change = self.adapt(jax.nn.gelu(self.hidden(x.mean(1)), approximate=False))
     return self.base[...] + change.reshape(-1, *self.shape)
 
 

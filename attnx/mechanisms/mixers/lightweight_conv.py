@@ -19,8 +19,9 @@ class LightweightConv(TapMixer):
 
   def init_taps(self, dim, rngs):
     del dim
-    init = jax.nn.initializers.xavier_uniform()
-    self.kernel = nnx.Param(init(rngs.params(), (self.num_heads, self.width), jnp.float32))
+    init = jax.nn.initializers.xavier_uniform(in_axis=1, out_axis=0)  # W inputs, N W outputs
+    kernel = init(rngs.params(), (self.num_heads, 1, self.width), jnp.float32)
+    self.kernel = nnx.Param(kernel[:, 0])
 
   def logits(self, v):
     return self.kernel[...][None, None]
@@ -29,7 +30,7 @@ class LightweightConv(TapMixer):
 ENTRY = Entry(
   make=LightweightConv,
   paper="arXiv:1901.10430",
-  facts={"streaming", "constant_state", "packed", "any_length"},
+  facts={"streaming", "constant_state", "packed", "any_length", "linear_in_values"},
   tiny=dict(num_heads=4, width=3),
   patterns={"causal_self": {}, "noncausal_self": dict(causal=False)},
 )

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx.attention import AttentionSpec, attend
-from attnx.attention.transforms import Dropout
 from attnx.core.registry import Entry
 from attnx.core.tokens import Tokens
+from attnx.nn.attention import dropping
 from attnx.nn.linear import linear
 from attnx.nn.mixer import Mixer, refuse
 
@@ -78,18 +78,26 @@ class Linformer(Mixer):
     self.compress_value = None if sharing == "kv" else compressor()
 
   def __call__(self, x, *, context=None, tokens=None, context_tokens=None, key=None):
+    v = self.values(x if context is None else context)
+    where = dict(context=context, tokens=tokens, context_tokens=context_tokens)
+    return self.out(self.mix(x, v, **where, key=key).astype(x.dtype))
+
+  def values(self, x):
+    return self.value(x)
+
+  def mix(self, x, values, *, context=None, tokens=None, context_tokens=None, key=None):
     if context is None:
       refuse(self, context_tokens=context_tokens)
       context, context_tokens = x, tokens
     check_one_document(tokens)
     check_one_document(context_tokens)
-    q, k, v = self.query(x), self.key(context), self.value(context)
     rows = rows_of(context_tokens, context.shape[1], self.length)
-    k = compress(k, self.compress_key[...], rows)
+    k = compress(self.key(context), self.compress_key[...], rows)
     other = self.compress_key if self.compress_value is None else self.compress_value
-    v = compress(v, other[...], rows)
-    edits = (Dropout(key, self.dropout),) if key is not None and self.dropout else ()
-    return self.out(attend(q, k, v, AttentionSpec(edits=edits), q_tokens=tokens).astype(x.dtype))
+    v = compress(values, other[...], rows)
+    return attend(
+      self.query(x), k, v, dropping(AttentionSpec(), key, self.dropout), q_tokens=tokens
+    )
 
 
 def check_one_document(tokens: Tokens | None) -> None:
@@ -98,7 +106,12 @@ def check_one_document(tokens: Tokens | None) -> None:
     return
   if isinstance(tokens.segment, jax.core.Tracer):
     raise NotImplementedError("linformer cannot keep documents apart: segments must be known")
-  if (np.min(tokens.segment, 1) != np.max(tokens.segment, 1)).any():
+  segment, there = np.asarray(tokens.segment), np.ones(tokens.position.shape, bool)
+  if not isinstance(tokens.position, jax.core.Tracer):  # else padding must have its row's document
+    there = np.asarray(tokens.position) >= 0
+  ends = np.iinfo(segment.dtype)
+  first, last = np.where(there, segment, ends.max).min(1), np.where(there, segment, ends.min).max(1)
+  if (first < last).any():
     raise NotImplementedError("linformer cannot keep documents apart; give one to a row")
 
 
@@ -131,6 +144,7 @@ def compress(x: jax.Array, matrix: jax.Array, rows: jax.Array | None) -> jax.Arr
 ENTRY = Entry(
   make=Linformer,
   paper="arXiv:2006.04768",
+  facts={"linear_in_values"},
   tiny=dict(length=32, rank=5, num_heads=4, num_kv_heads=2),
   patterns={"noncausal_self": {}, "noncausal_cross": {}},
 )

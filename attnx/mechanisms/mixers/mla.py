@@ -81,7 +81,7 @@ class MultiHeadLatentAttention(Mixer):
     rngs: nnx.Rngs,
   ):
     widths = dict(num_heads=num_heads, kv_rank=kv_rank, head_dim=head_dim, rope_dim=rope_dim,
-                  value_dim=value_dim)  # fmt: skip
+                  value_dim=value_dim, query_rank=1 if query_rank is None else query_rank)  # fmt: skip
     for name, width in widths.items():
       if width < 1:
         raise ValueError(f"{name}={width} must be at least 1")
@@ -102,10 +102,12 @@ class MultiHeadLatentAttention(Mixer):
     self.cache = build("caches", cache)
     self.head_dim, self.dropout, self.implementation = head_dim, dropout, implementation
     source = dim if context_dim is None else context_dim
-    low = query_rank is not None
-    self.query_down = linear(dim, query_rank, rngs=rngs) if low else None
-    self.query_norm = RMSNorm(query_rank, rngs=rngs) if low else None
-    self.query = linear(query_rank if low else dim, (num_heads, head_dim + rope_dim), rngs=rngs)
+    if query_rank is None:
+      self.query_down, self.query_norm = None, None
+    else:
+      self.query_down = linear(dim, query_rank, rngs=rngs)
+      self.query_norm = RMSNorm(query_rank, rngs=rngs)
+    self.query = linear(query_rank or dim, (num_heads, head_dim + rope_dim), rngs=rngs)
     self.down = linear(source, kv_rank, rngs=rngs)
     self.norm = RMSNorm(kv_rank, rngs=rngs)
     self.rope_key = linear(source, (1, rope_dim), rngs=rngs)
@@ -145,7 +147,8 @@ class MultiHeadLatentAttention(Mixer):
 
   def queries(self, x: jax.Array, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
     """(B, T, D) to what meets U c, (B, T, N, H), and what meets k', (B, T, N, R)."""
-    x = x if self.query_down is None else self.query_norm(self.query_down(x))
+    if self.query_down is not None and self.query_norm is not None:
+      x = self.query_norm(self.query_down(x))
     content, turned = jnp.split(self.query(x), [self.head_dim], axis=-1)
     gain = getattr(self.position, "gain", 1.0)
     return content * gain**2, self.position.query(turned, tokens.position)

@@ -84,7 +84,7 @@ class TransformerVQ(Mixer):
     V = 2 * dim // N if value_dim is None else value_dim
     self.block, self.memory, self.base, self.size = block, M, base, H**-0.25
     init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-    options = dict(rngs=rngs, kernel_init=init)
+    options: dict[str, Any] = dict(rngs=rngs, kernel_init=init)
     self.query, self.key = linear(dim, (N, H), **options), linear(dim, (K, H), **options)
     self.value, self.gate = linear(dim, (K, V), **options), linear(dim, (N, V), **options)
     self.distance = linear(dim, (K, H), **options)
