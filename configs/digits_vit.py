@@ -18,7 +18,7 @@ def get_config(pattern: str = "attention") -> ml_collections.ConfigDict:
   """A variant is a pattern of mixers, e.g. "linear" or "fftnet,attention"."""
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.steps = 1500
+  config.steps = 1000
   config.data = dict(name="digits", batch=64, shift=1.0, turn=15.0)
   config.model = dict(
     name="vit",

@@ -80,6 +80,7 @@ class Generated:
   def __init__(self, dataset: Dataset, split: str, seed: int):
     self.dataset, self.split = dataset, split
     self.size = getattr(dataset, f"{split}_examples")
+    at_least(f"{split}_examples", self.size, 1)
     self.key = (seed, 0) if split == "train" else (0, dataset.describe().splits.index(split))
 
   def __len__(self) -> int:

@@ -15,6 +15,8 @@ from absl import logging
 
 def data_dir(chosen: str | None = None) -> pathlib.Path:
   """Where prepared datasets are: `chosen`, else $TFDS_DATA_DIR, else ~/.cache/attnx/data."""
+  if not isinstance(chosen, str | os.PathLike | None):
+    raise TypeError(f"data_dir={chosen!r} must be a path")
   default = os.environ.get("TFDS_DATA_DIR") or pathlib.Path.home() / ".cache" / "attnx" / "data"
   return pathlib.Path(chosen or default).expanduser()
 

@@ -105,8 +105,8 @@ def start(plan: Plan, checkpoints: Checkpoints | None) -> tuple[Any, Any, int, f
     raise Mistake(f"each of {len(states)} processes packed its own rows; {count} cannot go on")
   with plans.mistakes("config.data"):
     batches.set_state(states[index] if len(states) == count else states[0])
-  places = jax.tree.structure(plan.state)
-  return places.unflatten(arrays[name] for name in named(plan.state)), batches, step, host["seconds"]
+  state = jax.tree.structure(plan.state).unflatten(arrays[name] for name in named(plan.state))
+  return state, batches, step, host["seconds"]
 
 
 def named(tree: Any) -> dict[str, Any]:

@@ -90,7 +90,8 @@ class Watch:
 
   def diverged(self, squares: jax.Array) -> None:
     """Stops the run, with what was not finite; what is saved is older and whole."""
-    paths = [rules.name(p) for p, _ in jax.tree_util.tree_leaves_with_path(self.plan.state["params"])]
+    leaves = jax.tree_util.tree_leaves_with_path(self.plan.state["params"])
+    paths = [rules.name(path) for path, _ in leaves]
     norms = dict(zip(paths, np.sqrt(jax.device_get(squares)).tolist(), strict=True))
     bad = [path for path, norm in norms.items() if not math.isfinite(norm)]
     saved = "nothing is saved"
@@ -100,7 +101,8 @@ class Watch:
       saved = f"the last good checkpoint is step {steps[-1]} in {where}" if steps else saved
       text = dict(step=self.step, **self.last, gradient_norms=norms)
       (where.parent / "diverged.json").write_text(json.dumps(text, indent=2) + "\n")
-    first = f"; gradients that are not finite: {len(bad)} of {len(norms)}, first {', '.join(bad[:3])}"
+    first = f"; gradients that are not finite: {len(bad)} of {len(norms)}, first "
+    first += ", ".join(bad[:3])
     raise Stopped(
       f"stopped at step {self.step}: loss {self.last['loss']}, gradient norm "
       f"{self.last['grad_norm']}{first if bad else ''}; {saved}"

@@ -22,15 +22,12 @@ def turned(x, t):
   """(B, N, H) at place t, in pairs of channel j and j + H/2."""
   half = x.shape[-1] // 2
   angle = t * 10_000.0 ** (-np.arange(half) / (half - 1))
-  a, b = x[..., :half], x[..., half:]
-  return jnp.concatenate(
-    [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1
-  )
+  a, b, cos, sin = x[..., :half], x[..., half:], np.cos(angle), np.sin(angle)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def projected(mixer, x):
-  wide = lambda p: p.kernel[...].astype(x.dtype)
-  heads = lambda p: jnp.einsum("btd,dnh->tbnh", x, wide(p))
+  heads = lambda p: jnp.einsum("btd,dnh->tbnh", x, p.kernel[...].astype(x.dtype))
   q, k = ([turned(y, t) for t, y in enumerate(heads(p))] for p in (mixer.query, mixer.key))
   return jnp.stack(q), jnp.stack(k) * 8**-0.5, heads(mixer.value), heads(mixer.gate)
 
@@ -80,8 +77,7 @@ def test_divisors_are_those_of_the_official_forms(monkeypatch):
     gamma = (1 - 2.0 ** -(5 + np.arange(N)))[:, None, None]
     D_ts = gamma ** np.maximum(np.arange(T)[:, None] - np.arange(T), 0) * np.tri(T)
     scores = np.einsum("tbnh,sbnh->bnts", q, k)
-    m = D_ts.sum(-1, keepdims=True)
-    R = scores * D_ts / np.sqrt(m)
+    R = scores * D_ts / np.sqrt(D_ts.sum(-1, keepdims=True))
     expected = {"recurrent": np.einsum("bnts,sbnv->btnv", R, v)}
     R = R / np.clip(np.abs(R).sum(-1, keepdims=True), 1, 5e4)
     expected["parallel"] = np.einsum("bnts,sbnv->btnv", R, v)
@@ -119,8 +115,7 @@ def test_the_recurrent_normalisation_streams_and_the_others_say_that_they_do_not
     y, cache = mixer.step(piece, cache)
     outs.append(y)
   np.testing.assert_allclose(jnp.concatenate(outs, 1), mixer(x), rtol=1e-4, atol=1e-5)
-  mass = cache.past["mass"][0, 0, 0, 0]
-  np.testing.assert_allclose(mass, sum((31 / 32) ** np.arange(T)), rtol=1e-5)
+  np.testing.assert_allclose(cache.past["mass"][0, 0, 0], sum((31 / 32) ** np.arange(T)), 1e-5)
   for name in ("parallel", "chunkwise"):
     with pytest.raises(NotImplementedError, match="recurrent"):
       make(normalisation=name).step(x, cache)

@@ -51,10 +51,10 @@ class Uneven(Position):
   """Positions that are not relative: every place must be right, not only distances."""
 
   def query(self, x, position):
-    return x * (1 + position[..., None, None] / 10)
+    return x * (1 + position[..., None, None].astype(x.dtype) / 10)
 
   def key(self, x, position):
-    return x * jnp.cos(position[..., None, None])
+    return x * jnp.cos(position[..., None, None].astype(x.dtype))
 
 
 @pytest.mark.parametrize("cuts", [(0, T), (0, 4, 7, 8, 9, T)])

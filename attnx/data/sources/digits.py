@@ -94,8 +94,8 @@ class Digits(Dataset):
   data_dir: str | None = None
 
   def __post_init__(self):
-    if self.shift < 0 or self.turn < 0:
-      raise ValueError(f"shift={self.shift} and turn={self.turn} must be at least 0")
+    if not (0 <= self.shift < np.inf and 0 <= self.turn < np.inf):
+      raise ValueError(f"shift={self.shift} and turn={self.turn} must be at least 0 and finite")
 
   def describe(self) -> Description:
     return Description(kind="images", classes=10, image=(8, 8, 1))

@@ -20,13 +20,13 @@ OPERATORS: dict[str, Callable[[list[int]], int]] = {
   "[SM": lambda values: sum(values) % 10,
 }
 OPERATOR_PROBABILITY = 0.25
+TRIES = 100_000  # at an expression; the benchmark's needs a hundred or so
 
 
 def median(values: list[int]) -> int:
   """The middle one, or the mean of the middle two without its fraction."""
   ordered, half = sorted(values), len(values) // 2
   return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) // 2
-
 
 def draw(rng: random.Random, depth: int, arguments: int) -> tuple[list[str], int]:
   """A random expression, as tokens and value: a digit, or an operator of 2 .. `arguments` more."""
@@ -95,9 +95,15 @@ class Listops(Dataset):
 
   def sample(self, rng: np.random.Generator, split: str) -> Example:
     python = random.Random(int(rng.integers(2**63)))  # ten times faster, one number at a time
-    tokens: list[str] = []
-    while not self.shortest < len(tokens) < self.longest:
+    for _ in range(TRIES):
       tokens, value = draw(python, self.depth, self.arguments)
+      if self.shortest < len(tokens) < self.longest:
+        break
+    else:
+      raise ValueError(
+        f"of {TRIES} expressions of depth={self.depth} and arguments={self.arguments} none has more "
+        f"than shortest={self.shortest} and fewer than longest={self.longest} tokens"
+      )
     last = np.arange(len(tokens)) == len(tokens) - 1
     return dict(
       inputs=np.array([IDS[token] for token in tokens], np.int32),

@@ -76,7 +76,8 @@ class PagedCache(Cache):
     """
     (B, columns), (M, P) = self.table.shape, self.position.shape
     row = jnp.arange(B)[:, None]
-    column = jnp.where(position >= 0, position // P, columns)  # beyond the last: dropped
+    served = (position >= 0) & ~self.lost[:, None]
+    column = jnp.where(served, position // P, columns)  # beyond the last: dropped
     wanted = jnp.zeros((B, columns), bool).at[row, column].set(True, mode="drop")
     used = jnp.zeros(M, jnp.int32).at[self.table].add(1, mode="drop")
     written = jnp.where(wanted, self.table, M)

@@ -100,7 +100,7 @@ class Mega(Mixer):
     self.scale_by_count, self.widths = scale_by_count, (dim, H, V)
     self.norm = LayerNorm(dim, rngs=rngs) if prenorm else None
     self.average = MovingAverage(dim, state_dim, both=not causal, rngs=rngs)
-    kinds = dict(use_bias=True, kernel_init=SMALL, rngs=rngs)
+    kinds: dict[str, Any] = dict(use_bias=True, kernel_init=SMALL, rngs=rngs)
     self.value = linear(dim, V, **kinds)
     self.shared = linear(dim, 2 * dim + H + V, **kinds)  # u, z, r and e W_h
     self.out = linear(V, dim, **kinds)

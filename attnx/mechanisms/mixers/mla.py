@@ -80,8 +80,10 @@ class MultiHeadLatentAttention(Mixer):
     implementation: str = "auto",
     rngs: nnx.Rngs,
   ):
-    widths = dict(num_heads=num_heads, kv_rank=kv_rank, head_dim=head_dim, rope_dim=rope_dim,
-                  value_dim=value_dim, query_rank=1 if query_rank is None else query_rank)  # fmt: skip
+    widths = dict(
+      num_heads=num_heads, kv_rank=kv_rank, head_dim=head_dim, rope_dim=rope_dim,
+      value_dim=value_dim, query_rank=1 if query_rank is None else query_rank,
+    )  # fmt: skip
     for name, width in widths.items():
       if width < 1:
         raise ValueError(f"{name}={width} must be at least 1")
