@@ -10,10 +10,10 @@ train: .venv/run
 	$(BIN)/python -m attnx.train --config configs/stdlib_bytes.py --workdir $(WORKDIR)
 
 test: .venv/test
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 test-slow: .venv/test
-	$(BIN)/python -m pytest -n $(JOBS) -m slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
 
 lint: .venv/test
 	$(BIN)/python -m flake8 attnx pallas_kernels configs experiments tests

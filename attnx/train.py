@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import pathlib
 import signal
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -22,7 +23,7 @@ from attnx.training import config as configs
 def command_line() -> flags.FlagValues:
   """The flags beside --config.key=value; not absl's own, so that --help is what matters here."""
   values = flags.FlagValues()
-  for define, name, default, text in (
+  kinds: Any = (
     (flags.DEFINE_string, "config", None, "FILE or FILE:variant; what to train."),
     (flags.DEFINE_string, "workdir", None, "Where all results go; nothing is kept without it."),
     (flags.DEFINE_bool, "profile", False, "Trace ten steps, after the first, to WORKDIR/profile."),
@@ -31,7 +32,8 @@ def command_line() -> flags.FlagValues:
     (flags.DEFINE_integer, "process_id", None, "Which of them this is, from 0."),
     (flags.DEFINE_bool, "traceback", False, "Show where a mistake was found."),
     (flags.DEFINE_bool, "help", False, "Show this."),
-  ):
+  )
+  for define, name, default, text in kinds:
     define(name, default, text, flag_values=values)
   return values
 
@@ -77,7 +79,7 @@ class Signals:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
   def __call__(self) -> str | None:
-    return self.received and self.received.name
+    return None if self.received is None else self.received.name
 
 
 def main(argv: Sequence[str]) -> int:

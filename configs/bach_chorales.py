@@ -4,7 +4,8 @@ pip install -e '.[music]'
 python -m attnx.train --config configs/bach_chorales.py --workdir runs/bach_chorales
 python -m attnx.train --config configs/bach_chorales.py:rope --workdir runs/bach_rope
 
-MEASURED
+Not run to its end yet: no result is claimed. On two CPU cores, busy with other work, the training
+loss was 2.41 nats a token after 70 of the 400 steps.
 """
 
 import ml_collections

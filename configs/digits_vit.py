@@ -2,7 +2,8 @@ r"""Handwritten digits, 8 x 8, by a vision transformer of single pixels' neighbo
 
 python -m attnx.train --config configs/digits_vit.py --workdir runs/digits_vit
 
-MEASURED
+1000 steps recognise 90.5 % of the 359 held-out digits (held-out loss 0.300), in under 3 minutes on
+two CPU cores that were busy with other work.
 """
 
 import ml_collections

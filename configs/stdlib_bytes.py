@@ -1,11 +1,11 @@
 r"""A byte-level language model of the source of Python's standard library: the default run.
 
-Three blocks of retention to one of attention over a window of 128 bytes.
+Retention and attention over a window of 128 bytes by turns.
 
 python -m attnx.train --config configs/stdlib_bytes.py --workdir runs/stdlib_bytes
 python -m attnx.train --config configs/stdlib_bytes.py:attention --workdir runs/attention
 
-MEASURED
+RESULT on two CPU cores 0
 """
 
 import ml_collections
@@ -31,8 +31,8 @@ def get_config(
   """A variant is a pattern of mixers, e.g. "attention" or "retention,retention,window"."""
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.steps = 550
-  config.data = dict(name="stdlib_bytes", batch=16, length=512)
+  config.steps = 600
+  config.data = dict(name="stdlib_bytes", batch=4, length=512)
   config.model = dict(
     name="decoder_lm",
     vocab=256,
@@ -40,7 +40,7 @@ def get_config(
     depth=4,
     mixers=tuple(MIXERS[mixer] for mixer in pattern.split(",")),
   )
-  config.optimizer = dict(peak=4e-3, warmup=50, final=0.05)
+  config.optimizer = dict(peak=4e-3, warmup=60, final=0.05)
   config.eval = dict(every=250, batches=8)
   config.checkpoint = dict(every=100)
   return config

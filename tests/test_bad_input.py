@@ -1,6 +1,5 @@
 """Whatever a user gets wrong is told in one sentence of a stated kind; XLA never has to."""
 
-import functools
 import importlib
 import pathlib
 import traceback
@@ -11,18 +10,23 @@ import hypothesis
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from attnx import data, models
+from attnx import data as datasets
+from attnx import models, train
 from attnx.attention import dot_product_attention
 from attnx.attention.api import UnsupportedError, attend
 from attnx.attention.masks import Causal
 from attnx.attention.spec import AttentionSpec
 from attnx.core import registry
 from attnx.core.tokens import Tokens
+from attnx.data.sources.copying import Copying
+from attnx.models import decoder_lm
+from attnx.sharded import rules
 from attnx.training import config as configs
-from attnx.training import devices
+from attnx.training import devices, optimizer, plan, step
+from attnx.training.checkpoint import Checkpoints
+from attnx.training.console import Console
 from runs import TINY, config_file, main
 from test_registry import INTERFACES
 
@@ -31,6 +35,7 @@ STATED = (ValueError, TypeError, KeyError, NotImplementedError)  # of which Unsu
 POLICY = hypothesis.settings(
   derandomize=True, max_examples=80, deadline=None, database=None,
   suppress_health_check=list(hypothesis.HealthCheck),
+  phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],  # a failure is small enough
 )  # fmt: skip
 JUNK = st.sampled_from(
   [None, -1, 0, 3, 1.5, float("nan"), "x", "", (), [1], {}, {"name": "x"}, {"name": 3}, True, b"x"]
@@ -60,7 +65,7 @@ def refused(call, *, ours: bool = True):
 
 SIZES = st.sampled_from([0, 1, 2, 3, 4])
 DTYPES = st.sampled_from(["float32", "bfloat16", "float16", "int32", "bool", "complex64", "uint32"])
-FEW = st.integers(0, 11).map(lambda n: n == 0)  # one in twelve is wrong
+FEW = st.integers(0, 29).map(lambda n: n == 0)  # one in thirty is wrong
 
 
 @st.composite
@@ -79,12 +84,12 @@ def tokens(draw, length: int):
     return None
   if draw(FEW):
     return draw(JUNK)
-  wrong = lambda: draw(st.sampled_from([1, 2])), length + draw(st.integers(-1, 1)) * draw(FEW)
-  where = jnp.zeros((wrong[0](), wrong[1]), jnp.int32)
+  rows, more = draw(st.sampled_from([1, 2, 2, 3])), draw(st.integers(-1, 1)) * draw(FEW)
+  where = jnp.zeros((rows, length + more), jnp.int32)
   return Tokens(where, where, where)
 
 
-def shape_of(call, *leaves) -> tuple[int, ...]:
+def shape_of(call) -> tuple[int, ...]:
   """The shape of the result, found without computing it."""
   return jax.eval_shape(call).shape
 
@@ -107,17 +112,18 @@ def test_attend_takes_its_arguments_or_says_what_is_wrong(data):
 @hypothesis.given(st.data())
 def test_dot_product_attention_takes_its_arguments_or_says_what_is_wrong(data):
   q, k, v = (data.draw(arrays(shape)) for shape in ((2, 4, 4, 3), (2, 3, 2, 3), (2, 3, 2, 4)))
+  seldom = lambda right, *wrong: st.sampled_from(wrong if data.draw(FEW) else right)
   lengths = st.none() | arrays((2,), "int32")
   options = dict(
-    bias=data.draw(st.none() | arrays((2, 4, 4, 3))),
-    mask=data.draw(st.none() | arrays((2, 4, 4, 3), "bool")),
+    bias=data.draw(st.none() | arrays((2, 4, 4, 3)) | arrays((4, 1, 3))),
+    mask=data.draw(st.none() | arrays((2, 4, 4, 3), "bool") | arrays((4, 3), "bool")),
     query_seq_lengths=data.draw(lengths),
     key_value_seq_lengths=data.draw(lengths),
-    local_window_size=data.draw(st.sampled_from([None, 2, (1, 0), -1, (1,), "x", 1.5, (1, "x")])),
-    implementation=data.draw(st.sampled_from([None, "xla", "cudnn", "reference", 3])),
-    scale=data.draw(st.sampled_from([None, 0.5, "x", [1.0]])),
-    dropout_rate=data.draw(st.sampled_from([0.0, 0.0, 0.5, 1.5, "x"])),
-    precision=data.draw(st.sampled_from([None, None, None, "highest"])),
+    local_window_size=data.draw(seldom([None, 2, (1, 0)], -1, (1,), "x", 1.5, (1, "x"), [])),
+    implementation=data.draw(seldom([None, "xla", "reference"], "cudnn", 3, b"x")),
+    scale=data.draw(seldom([None, 0.5, 2], "x", [1.0], {})),
+    dropout_rate=data.draw(seldom([0.0], 0.5, 1.5, -1.0, "x", None)),
+    precision=data.draw(seldom([None], "highest")),
   )
   call = lambda: shape_of(lambda: dot_product_attention(q, k, v, **options))
   if (shape := refused(call)) is not None:
@@ -145,7 +151,8 @@ def test_entries_are_built_or_say_what_is_wrong(interface, data):
 
 @pytest.mark.parametrize("interface", INTERFACES)
 @pytest.mark.parametrize("config, kind", [
-  ("no such entry", KeyError), ({}, ValueError), ({"name": 3}, ValueError), ({"name": ""}, KeyError),
+  ("no such entry", KeyError), ({}, ValueError), ({"name": 3}, ValueError),
+  ({"name": ""}, KeyError),
   ({"name": "../core/registry"}, KeyError), ({"name": "__init__"}, KeyError),
 ])  # fmt: skip
 def test_names_that_are_none_are_refused(interface, config, kind):
@@ -182,12 +189,10 @@ def test_models_are_built_or_say_what_is_wrong(name, data):
   refused(build, ours=False)
 
 
-@pytest.mark.parametrize("name", [name for name in data.names() if name != "tfds"])
+@pytest.mark.parametrize("name", [n for n in datasets.names() if n != "tfds"])
 @hypothesis.settings(POLICY, max_examples=30)
 @hypothesis.given(st.data())
 def test_batches_come_or_say_what_is_wrong(name, data):
-  from attnx import data as datasets
-
   make = importlib.import_module(f"{datasets.FOLDER}.{name}").DATASET
   known = [key for key in registry.arguments(make) if key != "data_dir"]
   config = {"name": name, "batch": 2}
@@ -207,7 +212,7 @@ def test_data_that_are_not_there_say_so():
     (dict(batch=1), "wants a name"),
   ):
     with pytest.raises((KeyError, ValueError), match=words):
-      data.batches(config, split="train", seed=0)
+      datasets.batches(config, split="train", seed=0)
 
 
 # The command.
@@ -243,7 +248,7 @@ def quick(monkeypatch):
   ("get_config = lambda x: {}", "missing 1 required positional argument"),
   ("get_config = lambda: dict(steps=int)", "config.steps=<class 'int'> must be a number"),
   ("get_config = lambda: dict(model=dict(x=[b'']))", "config.model.x.0=b'' must be a number"),
-  ("\0", "source code"), ("\xff", "SyntaxError"),
+  ("\0", "source code"),
 ])  # fmt: skip
 def test_config_files_that_fail_say_where(tmp_path, capsys, text, words):
   assert words in "attnx.train: " + told(capsys, main(config_file(tmp_path, text)))
@@ -277,7 +282,7 @@ def test_a_config_file_that_is_not_there_or_has_no_such_variant(tmp_path, capsys
   (["--config.mesh.model=2"], "config.mesh takes no 'model'"),
   (["--config.sharding=x"], "config.sharding='x' must be Sequence"),
   (["--config.sharding=(1,)"], "a sharding rule is a pair"),
-  (["--config.checkpoint.every=0"], "must be at least 1"), (["--config.eval.every=0"], "at least 1"),
+  (["--config.checkpoint.every=0"], "checkpoint.every=0"), (["--config.eval.every=0"], "every=0"),
   (["--config.log.every=0"], "at least 1"),
   (["--config.optimizer.schedule=x"], "must be one of"), (["--config.optimizer.warmup=13"], "13"),
   (["--profile"], "workdir"), (["--coordinator=a:1"], "go together"),
@@ -285,13 +290,12 @@ def test_a_config_file_that_is_not_there_or_has_no_such_variant(tmp_path, capsys
 ])  # fmt: skip
 def test_arguments_that_do_not_fit_are_told(tmp_path, capsys, arguments, words):
   file = config_file(tmp_path)
-  assert words in told(capsys, main(file, f"--workdir={tmp_path / 'workdir'}" * 0 or "--", *arguments))
+  workdir = [f"--workdir={tmp_path / 'workdir'}"] if "every" in arguments[0] else []
+  assert words in told(capsys, main(file, *workdir, *arguments))
 
 
 @pytest.mark.parametrize("arguments", [[], ["--workdir=x"]])
 def test_nothing_to_train_is_told(capsys, arguments):
-  from attnx import train
-
   if arguments:
     assert "say what to train" in told(capsys, train.main(["train", *arguments]))
   else:
@@ -304,15 +308,19 @@ def test_a_workdir_that_cannot_be_used_is_told(tmp_path, capsys):
   assert message.endswith("cannot keep checkpoints: not a directory\n")
 
 
-SECTIONS = st.sampled_from([*registry.arguments(configs.complete), "nonsense"])
-INSIDE = st.sampled_from(["name", "every", "peak", "batch", "dim", "fsdp", "keep", "mixers", "x"])
+PATHS = [(section, None) for section in registry.arguments(configs.complete)] + [
+  (section, key)
+  for section, make in dict(
+    data=Copying, model=decoder_lm.Model, optimizer=optimizer.make, eval=step.Evaluation,
+    checkpoint=Checkpoints, mesh=rules.make_mesh, log=Console,
+  ).items()
+  for key in [*registry.arguments(make), "name", "batch", "nonsense"]
+]  # fmt: skip
 
 
-@hypothesis.settings(POLICY, max_examples=60)
-@hypothesis.given(st.dictionaries(st.tuples(SECTIONS, INSIDE | st.none()), JUNK, max_size=2))
+@hypothesis.settings(POLICY, max_examples=120)
+@hypothesis.given(st.dictionaries(st.sampled_from(PATHS), JUNK, min_size=1, max_size=2))
 def test_any_config_is_planned_or_refused_in_one_sentence(changes):
-  from attnx.training import plan
-
   config = {key: dict(value) if isinstance(value, dict) else value for key, value in TINY.items()}
   for (section, inside), value in changes.items():
     if inside is None or not isinstance(config.get(section, {}), dict):
@@ -323,11 +331,6 @@ def test_any_config_is_planned_or_refused_in_one_sentence(changes):
     plan.make(config)
   except configs.Mistake as mistake:
     assert str(mistake) and "\n" not in str(mistake)
-
-
-@functools.cache
-def tiny_model():
-  return models.build(TINY["model"], rngs=nnx.Rngs(0))
 
 
 @POLICY

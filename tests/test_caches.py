@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnx import models
 from attnx.attention import AttentionSpec
 from attnx.core import registry
 from attnx.core.tokens import Tokens
+from attnx.models import sampling
 from attnx.nn.position import Position
 
 B, T, D, N, K = 2, 12, 16, 4, 2
@@ -119,7 +121,8 @@ def test_tokens_name_what_was_kept(name):
   sizes = (N, 4), (K, 4), (K, 3)
   q, k, v = (jnp.asarray(rng.normal(size=(B, T, *size)), jnp.float32) for size in sizes)
   tokens = left_padded((0, 4))
-  _, cache = cache.attend(q, k, v, tokens, spec=AttentionSpec(), position=Position())
+  attend = functools.partial(type(cache).attend, spec=AttentionSpec(), position=Position())
+  _, cache = jax.jit(attend)(cache, q, k, v, tokens)
   key, value, where = cache.kept()
   for row in range(B):
     for head in range(K):
@@ -166,7 +169,7 @@ def test_gradients_pass_through_an_exact_cache(name):
     return jnp.sin(run(nnx.merge(graph, params, rest), x)).sum()
 
   grads = lambda run: jax.jit(jax.grad(functools.partial(loss, run=run), (0, 1)))(params, inputs())
-  stepping = lambda mixer, x: stepped(mixer, x, (0, 6, 7, T))[0]
+  stepping = lambda mixer, x: stepped(mixer, x, (0, 7, T))[0]
   assert_same(grads(stepping), grads(lambda mixer, x: mixer(x)))
 
 
@@ -175,8 +178,8 @@ def test_what_does_not_fit_an_exact_cache_is_refused_or_nan(name):
   mixer = model(name)
   with pytest.raises(ValueError, match="do not fit"):
     mixer.step(inputs(), mixer.init_cache(B, 8))
-  _, full = mixer.step(inputs()[:, :8], mixer.init_cache(B, 8))
-  assert np.isnan(mixer.step(inputs()[:, 8:10], full)[0]).all()
+  _, full = compiled(mixer)(inputs()[:, :8], mixer.init_cache(B, 8))
+  assert np.isnan(compiled(mixer)(inputs()[:, 8:10], full)[0]).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -234,9 +237,22 @@ def test_a_step_is_a_loop_body_that_is_traced_once(name):
 def test_attention_may_continue_from_any_moment(name):
   mixer = model(name)
   _, cache = stepped(mixer, inputs(), (0, 8))
-  ahead = [mixer.step(inputs(seed)[:, 8:10], cache)[0] for seed in (0, 1, 0)]
+  ahead = [compiled(mixer)(inputs(seed)[:, 8:10], cache)[0] for seed in (0, 1, 0)]
   np.testing.assert_array_equal(ahead[0], ahead[2])
   assert not np.allclose(ahead[0], ahead[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_scanned_model_generates_with_it_whatever_the_lengths_of_prompts(name):
+  mixer = dict(SPECS["rope"], name="attention", num_heads=N, cache=config(name))
+  kind = dict(name="decoder_lm", vocab=11, dim=D, depth=2, mixers=dict(mixer, mask=mask_of(name)))
+  lm = models.build(dict(kind, scan=True), rngs=nnx.Rngs(0))
+  prompts = np.random.default_rng(0).integers(0, 11, (2, 7))
+  generate = jax.jit(lambda ids, lengths: sampling.generate(lm, ids, 4, lengths=lengths))
+  together = generate(prompts, np.array([7, 3]))
+  for row, length in ((0, 7), (1, 3)):
+    alone = generate(prompts[row : row + 1, :length], np.array([length]))
+    np.testing.assert_array_equal(together[row], alone[0])
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -79,7 +79,9 @@ def files(folder: pathlib.Path) -> list[pathlib.Path]:
   return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("before, after", [(EIGHT, ONE), (ONE, EIGHT), (WHOLE, FOUR), (FOUR, EIGHT)])
+@pytest.mark.parametrize(
+  "before, after", [(EIGHT, ONE), (ONE, EIGHT), (WHOLE, FOUR), (FOUR, EIGHT)]
+)
 def test_what_some_devices_save_others_restore_bit_for_bit(tmp_path, before, after):
   assert_restored(saved(tmp_path, 3, sharding=before), 3, after)
 

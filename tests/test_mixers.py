@@ -53,6 +53,13 @@ def compiled(name: str, pattern: str):
   return jax.jit(lambda x, **options: run(make(name, pattern), pattern, x, **options))
 
 
+@functools.cache
+def transforms(name: str, pattern: str) -> bool:
+  """Whether a mixer goes through an FFT over tokens, whose rounding knows no past and no future."""
+  jaxpr = jax.make_jaxpr(functools.partial(run, make(name, pattern), pattern))(inputs())
+  return " fft[" in str(jaxpr)
+
+
 @cases()
 def test_the_shape_and_dtype_of_the_input_are_kept(name, pattern):
   for dtype in (jnp.float32, jnp.bfloat16):
@@ -121,7 +128,8 @@ def test_the_pattern_of_self_attention_is_the_one_declared(name, pattern):
   after = compiled(name, pattern)(inputs().at[:, cut:].add(1.0))
   assert not np.allclose(before[:, cut:], after[:, cut:])
   if pattern == "causal_self":  # exactly, but for the rounding of Fourier transforms
-    np.testing.assert_allclose(before[:, :cut], after[:, :cut], rtol=1e-5, atol=1e-6)
+    rounding = dict(rtol=1e-5, atol=1e-6) if transforms(name, pattern) else dict(rtol=0)
+    np.testing.assert_allclose(before[:, :cut], after[:, :cut], **rounding)
   else:
     assert not np.allclose(before[:, :cut], after[:, :cut])
 
@@ -227,7 +235,8 @@ def test_the_implicit_matrix_times_the_values_is_what_is_mixed(name, pattern):
     jnp.einsum("bnts,bsnv->btnv", matrix, repeated), heads, rtol=1e-3, atol=1e-4
   )
   later = np.abs(matrix[..., np.triu(np.ones(matrix.shape[2:], bool), 1)])
-  assert (later.max() < 1e-6 * np.abs(matrix).max()) == ("noncausal" not in pattern)
+  rounding = 1e-6 * np.abs(matrix).max() if transforms(name, pattern) else 0.0
+  assert (later.max() <= rounding) == ("noncausal" not in pattern)
 
 
 @cases(FIRST)

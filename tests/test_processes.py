@@ -1,6 +1,5 @@
 """Several processes train as one, save as one and stop as one."""
 
-import json
 import socket
 import subprocess
 import signal
@@ -9,6 +8,7 @@ import time
 import pytest
 
 from attnx.training import devices
+from attnx.training.checkpoint import read
 from attnx.training.config import Mistake
 from runs import arrays, assert_same, config_file, ended, losses, main, start, steps
 
@@ -48,8 +48,8 @@ def test_two_processes_have_the_losses_of_one_and_one_reads_what_they_save(alone
   assert "step 12/12" in told[0] and "step" not in told[1]
   assert losses(tmp_path) == pytest.approx(losses(reference), rel=1e-4)
   assert_same(arrays(tmp_path), arrays(reference), **CLOSE)
-  host = json.loads((tmp_path / "checkpoints" / "12" / "manifest.json").read_text())["about"]["host"]
-  assert [state["iterator"] for state in host["data"]] == [{"next_index": 12}] * 2
+  data = read(tmp_path / "checkpoints" / "12")["host"]["data"]
+  assert [state["iterator"] for state in data] == [{"next_index": 12}] * 2
   saved = arrays(tmp_path)
   assert main(file, f"--workdir={tmp_path}") == 0
   assert_same(arrays(tmp_path), saved)

@@ -102,6 +102,5 @@ def test_a_batch_is_spread_over_all_devices_in_order():
 
 
 def test_names_are_dotted_paths():
-  assert [rules.name(p) for p, _ in jax.tree_util.tree_leaves_with_path(dict(a=[0, dict(b=1)]))] == [
-    "a.0", "a.1.b"
-  ]  # fmt: skip
+  found = jax.tree_util.tree_leaves_with_path(dict(a=[0, dict(b=1)]))
+  assert [rules.name(path) for path, _ in found] == ["a.0", "a.1.b"]

@@ -67,19 +67,21 @@ def dot_product_attention(
 
   Raises:
     NotImplementedError: `precision` or `module` (sowing of weights) is given.
-    ValueError: shapes do not fit each other.
+    TypeError, ValueError: an argument is of the wrong kind, or shapes do not fit each other.
   """
   if precision is not None or module is not None:
     raise NotImplementedError(
       "dot_product_attention takes no precision and no module (sow_weights): leave them out, and "
       "use jax.default_matmul_precision or attnx.attention.reference.weights"
     )
+  if not isinstance(scale, int | float | None) and getattr(scale, "shape", None) != ():
+    raise TypeError(f"scale={scale!r} must be a number")
+  leading, pairs = _check(query, key, value)
   if dtype is not None:
     query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
-  leading = query.shape[:-3]
   spec = AttentionSpec(
-    mask=_mask(_flatten(mask, leading), is_causal, local_window_size),
-    transforms=_bias(_flatten(bias, leading)),
+    mask=_mask(_flatten("mask", mask, leading, pairs), is_causal, local_window_size),
+    transforms=_bias(_flatten("bias", bias, leading, pairs)),
     edits=_dropout(dropout_rng, 0.0 if deterministic else dropout_rate, broadcast_dropout),
     scale=scale,
   )
@@ -98,13 +100,33 @@ def dot_product_attention(
   return out, lse.reshape(*leading, *lse.shape[1:])
 
 
-def _flatten(array: jax.Array | None, leading: tuple[int, ...]) -> jax.Array | None:
+def _check(query, key, value) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+  """The leading axes and (N, T, S), of arrays that have such; `api.check` looks at the rest."""
+  given = dict(query=query, key=key, value=value)
+  for name, x in given.items():
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+      raise TypeError(f"{name} is a {type(x).__name__}; expected an array (..., T, N, H)")
+    if len(x.shape) < 3 or 0 in x.shape:
+      raise ValueError(f"{name} has shape {x.shape}; expected (..., T, N, H), none of them 0")
+    if x.shape[:-3] != query.shape[:-3]:
+      raise ValueError(f"{name} has shape {x.shape}; expected {query.shape[:-3]} before its last 3")
+  return query.shape[:-3], (query.shape[-2], query.shape[-3], key.shape[-3])
+
+
+def _flatten(
+  name: str, array: jax.Array | None, leading: tuple[int, ...], pairs: tuple[int, int, int]
+) -> jax.Array | None:
   """A bias or mask that broadcasts to (..., N, T, S) as (#B, #N, #T, #S)."""
   if array is None:
     return None
+  if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+    raise TypeError(f"{name} is a {type(array).__name__}; expected an array (..., N, T, S)")
   leading = leading or (1,)
-  if array.ndim > len(leading) + 3:
-    raise ValueError(f"a bias or mask of shape {array.shape} has more axes than (..., N, T, S)")
+  whole = (*leading, *pairs)
+  right = array.shape[::-1], whole[::-1]  # from the last axis on; a gather would not complain
+  if len(array.shape) > len(whole) or any(n not in (1, size) for n, size in zip(*right)):
+    raise ValueError(f"{name} has shape {array.shape}, which does not broadcast to {whole}")
+  array = jnp.asarray(array)
   array = array.reshape((1,) * (len(leading) + 3 - array.ndim) + array.shape)
   if any(size > 1 for size in array.shape[:-3]):
     array = jnp.broadcast_to(array, (*leading, *array.shape[-3:]))
@@ -123,18 +145,24 @@ def _mask(
   if is_causal:
     parts.append(masks.Causal())
   if window is not None:
-    before, after = (window, window) if isinstance(window, int) else window
-    parts.append(masks.Window(before, after))
+    both = (window, window) if isinstance(window, int) else window
+    if not (isinstance(both, tuple | list) and [type(n) for n in both] == [int, int]):
+      raise TypeError(f"local_window_size={window!r} must be an integer or (left, right)")
+    parts.append(masks.Window(*both))
   return functools.reduce(operator.and_, parts) if parts else masks.Everything()
 
 
 def _bias(dense: jax.Array | None) -> tuple[transforms.Transform, ...]:
+  if dense is not None and not jnp.issubdtype(dense.dtype, jnp.floating):
+    raise TypeError(f"bias has dtype {dense.dtype}; expected a floating one")
   return () if dense is None else (transforms.Add(dense),)
 
 
 def _dropout(
   key: jax.Array | None, rate: float, broadcast: bool
 ) -> tuple[transforms.Transform, ...]:
+  if not isinstance(rate, int | float):
+    raise TypeError(f"dropout_rate={rate!r} must be a number")
   if rate == 0.0:
     return ()
   if key is None:
@@ -145,6 +173,8 @@ def _dropout(
 def _tokens(x: jax.Array, lengths: jax.Array | None, name: str) -> Tokens:
   if lengths is None:
     return Tokens.of_length(x.shape[1])
-  if jnp.shape(lengths) != x.shape[:1]:
-    raise ValueError(f"{name} has shape {jnp.shape(lengths)}; expected {x.shape[:1]}")
+  if not hasattr(lengths, "dtype") or not jnp.issubdtype(lengths.dtype, jnp.integer):
+    raise TypeError(f"{name} must be an array of integers; got {lengths!r}")
+  if lengths.shape != x.shape[:1]:
+    raise ValueError(f"{name} has shape {lengths.shape}; expected {x.shape[:1]}")
   return Tokens.of_lengths(lengths, x.shape[1])

@@ -128,8 +128,8 @@ def outcome(mask: Mask, q_tokens: Tokens, k_tokens: Tokens, q_chunk: int, k_chun
   T, S = q_tokens.position.shape[1], k_tokens.position.shape[1]
   host = lambda tree: jax.tree.map(lambda x: x if _traced(x) else np.asarray(x), tree)
   sides = [(host(q_tokens), T, q_chunk), (host(k_tokens), S, k_chunk)]
-  padded = [pad(tokens, -(-length // chunk) * chunk) for tokens, length, chunk in sides]
-  plan = tiles(host(mask), *padded, q_chunk, k_chunk)
+  q, k = (pad(tokens, -(-length // chunk) * chunk) for tokens, length, chunk in sides)
+  plan = tiles(host(mask), q, k, q_chunk, k_chunk)
   if _traced(plan.empty) or _traced(plan.full):
     return Summary(q_chunk, k_chunk, None, None, None, T * S)
   empty, full = np.asarray(plan.empty), np.asarray(plan.full)

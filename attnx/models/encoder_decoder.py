@@ -53,7 +53,7 @@ class Model(nnx.Module):
     read = lambda i, rngs: Block(dim, mixer=reads(i), **same, rngs=rngs)
     write = lambda i, rngs: Block(dim, mixer=writes(i), cross=cross, **same, rngs=rngs)
     count = lambda entries: 1 if isinstance(entries, str | Mapping) else len(entries)
-    kinds = dict(scan=scan, remat=remat, rngs=rngs)
+    kinds: Any = dict(scan=scan, remat=remat, rngs=rngs)
     self.vocabulary = Vocabulary(vocab, dim, **(vocabulary or {}), rngs=rngs)
     self.encoder = Stack(read, depth, period=count(encoder), **kinds)
     self.encoder_norm = RMSNorm(dim, rngs=rngs)

@@ -47,8 +47,9 @@ def filtered(
     logits = jnp.where(logits < least, -jnp.inf, logits)
   if top_p is not None:
     ranked = jnp.sort(logits, axis=-1, descending=True)
-    p = jax.nn.softmax(ranked, axis=-1)
-    kept = jnp.cumsum(p, axis=-1) - p < top_p  # what lies before a token has not reached p yet
+    share = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(share, axis=-1) - share  # of what is more probable
+    kept = before < top_p
     least = jnp.where(kept, ranked, jnp.inf).min(-1, keepdims=True)
     logits = jnp.where(logits < least, -jnp.inf, logits)
   if min_p is not None:

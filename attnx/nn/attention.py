@@ -83,7 +83,7 @@ class Attention(Mixer):
     )
     self.dropout, self.implementation = dropout, implementation
     source = dim if context_dim is None else context_dim
-    kinds = dict(use_bias=use_bias, rngs=rngs)
+    kinds: Any = dict(use_bias=use_bias, rngs=rngs)
     self.query = linear(dim, (num_heads, head_dim), **kinds)
     self.key = linear(source, (num_kv_heads, head_dim), **kinds)
     self.value = linear(source, (num_kv_heads, head_dim), **kinds)

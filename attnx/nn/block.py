@@ -88,8 +88,8 @@ class Block(nnx.Module):
     keys = [None] * 6 if key is None else [jax.random.fold_in(key, i) for i in range(6)]
     read = dict(context=context, tokens=tokens, context_tokens=context_tokens)
     sublayers = [lambda y: self.mixer(y, tokens=tokens, key=keys[0])]
-    if self.cross is not None:
-      sublayers.append(lambda y: self.cross(y, **read, key=keys[1]))
+    if (cross := self.cross) is not None:
+      sublayers.append(lambda y: cross(y, **read, key=keys[1]))
     elif context is not None:
       raise ValueError("a context was given to a block without a cross mixer")
     sublayers.append(self.mlp)

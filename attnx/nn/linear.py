@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 
-def like_first(arrays: Sequence[Any], *, dtype: Any = None, **_: Any) -> list[Any]:
+def like_first(arrays: Any, *, dtype: Any = None, **_: Any) -> Any:
   """All arrays in the dtype of the first: a bfloat16 input keeps a product in bfloat16."""
   del dtype
   return [None if x is None else x.astype(arrays[0].dtype) for x in arrays]
@@ -33,7 +33,7 @@ def linear(
     options: of `nnx.LinearGeneral`, e.g. kernel_init.
   """
   count = 1 if isinstance(inputs, int) else len(inputs)
-  options = dict(axis=tuple(range(-count, 0)), promote_dtype=like_first) | options
+  options = dict[str, Any](axis=tuple(range(-count, 0)), promote_dtype=like_first) | options
   return nnx.LinearGeneral(inputs, outputs, use_bias=use_bias, rngs=rngs, **options)
 
 

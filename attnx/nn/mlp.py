@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flax import nnx
 import jax
 
@@ -22,7 +24,7 @@ class MLP(nnx.Module):
   ):
     if (width := int(expand * dim)) < 1:
       raise ValueError(f"expand={expand} leaves no width for dim={dim}")
-    kinds = dict(use_bias=use_bias, rngs=rngs)
+    kinds: Any = dict(use_bias=use_bias, rngs=rngs)
     self.gate, self.up = linear(dim, width, **kinds), linear(dim, width, **kinds)
     self.out = linear(width, dim, **kinds)
 

@@ -43,18 +43,20 @@ def long_convolution(
 def _within_runs(x, kernel, own):
   """`long_convolution` of tokens (B, T, D) of the runs `own` (#B, T).
 
-  The tokens s < t are in the two halves of exactly one block of 2, 4, 8, ... tokens, and at most
-  one run reaches across its middle. So a product of spectra gives what the early half of a block
-  owes to the late one, once everything else is zero on either side of it.
+  Blocks of 16 tokens are direct sums. Any other tokens s < t are in the two halves of exactly one
+  block of 32, 64, 128, ... tokens, and at most one run reaches across its middle. So a product of
+  spectra gives what the early half of a block owes to the late one, once everything else is zero
+  on either side of it.
   """
-  T = x.shape[1]
-  size = 1 << (T - 1).bit_length()
-  x, own = (jnp.pad(a, [(0, 0), (0, size - T)] + [(0, 0)] * (a.ndim - 2), mode="edge")
-            for a in (x, own[..., None]))  # fmt: skip
-  y, half = kernel[0] * x, 1
+  (B, T, D), half = x.shape, 16
+  size = max(1 << (T - 1).bit_length(), half)
+  fill = lambda a: jnp.pad(a, [(0, 0), (0, size - T), (0, 0)], mode="edge")
+  x, own = fill(x), jnp.broadcast_to(fill(own[..., None]), (B, size, 1))
+  cut = lambda a: a.reshape(-1, half, a.shape[2])
+  y = short_convolution(cut(x), kernel[:half], segment=cut(own)[..., 0])[0].reshape(x.shape)
   while half < size:
-    early, late = jnp.moveaxis(x.reshape(x.shape[0], -1, 2, half, x.shape[2]), 2, 0)
-    before, after = jnp.moveaxis(own.reshape(own.shape[0], -1, 2, half, 1), 2, 0)
+    early, late = jnp.moveaxis(x.reshape(B, -1, 2, half, D), 2, 0)
+    before, after = jnp.moveaxis(own.reshape(B, -1, 2, half, 1), 2, 0)
     crosses = before[:, :, -1:]
     spectrum = jnp.fft.rfft(kernel[: 2 * half], 2 * half, axis=0)
     early = jnp.fft.rfft(jnp.where(before == crosses, early, 0.0), 2 * half, axis=2)

@@ -38,7 +38,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
 
 def name(path: Sequence[Any]) -> str:
   """ "params.blocks.0.mixer.query.kernel" of a path of a pytree of nnx states."""
-  return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+  return jax.tree_util.keystr(tuple(path), simple=True, separator=".").removesuffix(".value")
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, Sequence[str | None]]] = ()) -> Any:

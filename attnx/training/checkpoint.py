@@ -144,7 +144,8 @@ class Checkpoints:
     whole = ", ".join(map(str, self.steps())) or "none"
     raise Stopped(
       f"stopped: the checkpoint of step {self.saving} cannot be written to {self.directory} "
-      f"({reason(error)}); whole checkpoints there: {whole}; make room, and the same command goes on"
+      f"({reason(error)}); whole checkpoints there: {whole}; make room, and the same command "
+      "goes on"
     ) from error
 
   def restore(self, targets: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[int, dict, Any] | None:

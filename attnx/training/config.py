@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from attnx.core import registry
 
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
-KINDS = {
+KINDS: dict[str, Any] = {
   "int": int, "float": (int, float), "bool": bool, "str": str, "dict": Mapping,
   "Sequence[Any]": (list, tuple),
 }  # fmt: skip

@@ -15,6 +15,8 @@ import jax
 from rich import console as rich_console
 from rich import progress
 
+from attnx.training.config import Mistake
+
 
 class Console:
   """Shows and records how training goes; only process 0 says anything.
@@ -38,6 +40,8 @@ class Console:
     every: int = 10,
     tensorboard: bool = True,
   ):
+    if every < 1:
+      raise Mistake(f"log.every={every} must be at least 1")
     self.steps, self.unit, self.every = steps, unit, every
     self.first = jax.process_index() == 0
     self.file = self.events = self.bar = None

@@ -99,7 +99,8 @@ def flops(jaxpr: core.Jaxpr) -> float:
   A loop counts as often as it runs where that is known; of branches, the dearest.
   """
   total = 0.0
-  for eqn in jaxpr.eqns:
+  eqns: Any = jaxpr.eqns
+  for eqn in eqns:
     inner = [flops(sub) for value in eqn.params.values() for sub in jaxprs(value)]
     match eqn.primitive.name:
       case "dot_general":

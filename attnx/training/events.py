@@ -31,7 +31,7 @@ class Events:
     folder.mkdir(parents=True, exist_ok=True)
     name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{begin}"
     self.records = RecordWriter(str(folder / name))
-    self.flushed = -SECONDS
+    self.flushed = -float(SECONDS)
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self.write(file_version="brain.Event:2")
     self.write(step=begin + 1, session_log=start)

@@ -105,7 +105,7 @@ def start(plan: Plan, checkpoints: Checkpoints | None) -> tuple[Any, Any, int, f
     raise Mistake(f"each of {len(states)} processes packed its own rows; {count} cannot go on")
   with plans.mistakes("config.data"):
     batches.set_state(states[index] if len(states) == count else states[0])
-  state = jax.tree.structure(plan.state).unflatten(arrays[name] for name in named(plan.state))
+  state = jax.tree.unflatten(jax.tree.structure(plan.state), [arrays[x] for x in named(plan.state)])
   return state, batches, step, host["seconds"]
 
 
@@ -144,7 +144,7 @@ def leave(step: int, signal: str, checkpoints: Checkpoints | None) -> None:
 
 def trace(step: int, workdir: pathlib.Path | None, last: bool) -> None:
   """Ten steps of `jax.profiler`, after the first ten; fewer where the session ends before."""
-  if step == 10 and not last:
+  if step == 10 and not last and workdir is not None:
     jax.profiler.start_trace(str(workdir / "profile"))
   elif step == 20 or (last and 10 < step < 20):
     jax.profiler.stop_trace()

@@ -76,7 +76,8 @@ def initial(
 ) -> dict[str, Any]:
   """params, rest, optimizer, key and step of a new run."""
   weights, dropout = jax.random.split(jax.random.key(seed))
-  _, params, rest = nnx.split(models.build(model, rngs=nnx.Rngs(weights)), nnx.Param, ...)
+  built: Any = nnx.split(models.build(model, rngs=nnx.Rngs(weights)), nnx.Param, ...)
+  _, params, rest = built
   return dict(
     params=params,
     rest=rest,

@@ -110,7 +110,7 @@ def baselines(plan: Plan, split: str) -> Baselines:
   context is shorter, and the commonest target is hit most often. xz at preset 9 is given the
   held-out bytes alone; or it is what they add to the training bytes before them.
   """
-  counts = np.zeros(plan.about.vocab or plan.about.classes)
+  counts = np.zeros(plan.about.vocab or plan.about.classes or 0)
   for batch in data.batches(plan.config["data"], split=split, seed=0):
     np.add.at(counts, batch["targets"], batch["weights"])
   p = counts[counts > 0] / counts.sum()
@@ -141,15 +141,15 @@ def sample(plan: Plan, model: nnx.Module, row: Mapping[str, np.ndarray]) -> str 
   size = max(1, min(length // 8, int((segments == segments[0, 0]).sum())))
   choose = sampling.sampler(temperature=TEMPERATURE)
   run = lambda model, key: sampling.generate(
-    model, ids[:, :size], max(1, length - size), choose=choose, key=key
+    model, jax.numpy.asarray(ids[:, :size]), max(1, length - size), choose=choose, key=key
   )
   try:
     written = everywhere(plan, run)(model, jax.random.key(plan.config["seed"]))
   except NotImplementedError as error:
     return f"no sample: {error}"
   begun = row["targets"][0, : size - 1]  # where rows have a start token, targets do not
-  told = plan.about.decode(begun)
-  whole = plan.about.decode(np.concatenate([begun, np.asarray(written)[0]]))
+  told = plan.about.decode(begun.tolist())
+  whole = plan.about.decode([*begun.tolist(), *np.asarray(written)[0].tolist()])
   return (
     f"a sample at temperature {TEMPERATURE}; what is before ▶ was given, and is held out:\n"
     f"{printable(told)}▶{printable(whole[len(told) :])}"

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 def forward(model: nnx.Module, batch, key: jax.Array | None = None) -> jax.Array:
   """Logits (B, T, V) or (B, classes); `key` is for what drops, None is evaluation."""
-  inputs, options = batch["inputs"], {}
+  inputs, options = batch["inputs"], dict[str, Any]()
   if "positions" in batch:
-    index = np.arange(inputs.shape[1], dtype=np.int32)[None]
+    index: Any = np.arange(inputs.shape[1], dtype=np.int32)[None]
     options["tokens"] = Tokens(index, batch["positions"], batch["segments"])
   if key is not None and "key" in inspect.signature(type(model).__call__).parameters:
     options["key"] = key
@@ -110,5 +110,5 @@ class Evaluation:
       self.sums(state["params"], state["rest"], rules.place(batch, self.plan.mesh))
       for batch in itertools.islice(held_out, None if whole else self.batches)
     ]
-    total, hits, weight = np.sum(jax.device_get(seen), axis=0, dtype=np.float64)
+    total, hits, weight = np.asarray(jax.device_get(seen), np.float64).sum(0)
     return dict(loss=total / weight, accuracy=hits / weight, scored=weight)

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnx.analysis.observe import observe
+from attnx.core.tokens import Tokens
 from attnx.mechanisms.mixers.gated_linear_attention import GatedLinearAttention
 from attnx.nn.implicit import implicit_attention
 
@@ -43,6 +45,35 @@ def test_values_and_gradients_are_those_of_the_recurrence():
     actual, expected = (jax.jit(jax.grad(h, (0, 1)))(params, x) for h in (f, g))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_recurrent_chunkwise_and_parallel_forms_and_steps_agree():
+  with jax.enable_x64(True):
+    x, length = jnp.asarray(np.random.default_rng(1).normal(size=(B, 37, D))), 37
+    place = np.r_[:9, : length - 9][None]  # two documents
+    index = np.arange(length)[None]
+    tokens = Tokens(index=index, position=place, segment=(index >= 9) + 0)
+    mixers = [make(temperature=0.5, chunk=chunk) for chunk in (1, 4, 16, length)]
+    expected, *others = (mixer(x, tokens=tokens) for mixer in mixers)
+    for other in others:
+      np.testing.assert_allclose(other, expected, rtol=1e-9, atol=1e-12)
+    cache = mixers[1].init_cache(B, length)
+    for a, b in ((0, 1), (1, 8), (8, 15), (15, length)):
+      y, cache = mixers[1].step(x[:, a:b], cache, tokens=tokens[a:b])
+      np.testing.assert_allclose(y, expected[:, a:b], rtol=1e-9, atol=1e-12)
+
+
+def test_gates_that_never_change_fade_by_distance_and_this_is_what_is_observed():
+  mixer, x = make(), jnp.asarray(X, jnp.float32)
+  mixer.decay.kernel.set_value(jnp.zeros_like(mixer.decay.kernel[...]))
+  heads = lambda p: np.asarray(p(x), float)
+  scores = np.einsum("btnh,bsnh->bnts", heads(mixer.query), heads(mixer.key)) / 4**0.5
+  far = np.arange(T)[:, None] - np.arange(T)
+  weights = scores * np.tri(T) * 0.5 ** (np.maximum(far, 0) / 16)
+  _, seen = observe(mixer, x)
+  np.testing.assert_allclose(seen["weights"], weights, rtol=1e-4, atol=1e-6)
+  read = np.einsum("bnts,bsnv->btnv", weights, heads(mixer.value))
+  np.testing.assert_allclose(seen["heads"], read, rtol=1e-4, atol=1e-6)
 
 
 def test_a_gate_of_one_half_keeps_0_958_of_a_state():

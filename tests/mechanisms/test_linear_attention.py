@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnx.analysis.observe import observe
 from attnx.core import registry
+from attnx.core.tokens import Tokens
 from attnx.mechanisms.mixers.linear_attention import LinearAttention
 from attnx.nn.implicit import implicit_attention
 
@@ -52,8 +54,8 @@ def test_values_and_gradients_are_those_of_the_weights(cross, causal, normalise)
     args = params, x, context
     np.testing.assert_allclose(f(*args), g(*args), rtol=1e-9, atol=1e-11)
     gradient = lambda h: jax.jit(jax.grad(lambda *a: jnp.cos(h(*a)).sum(), (0, 1, 2)))(*args)
-    for a, b in zip(jax.tree.leaves(gradient(f)), jax.tree.leaves(gradient(g)), strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9)
+    jax.tree.map(close, gradient(f), gradient(g))
 
 
 def test_weights_of_a_row_sum_to_one_and_constant_values_come_back():
@@ -62,12 +64,36 @@ def test_weights_of_a_row_sum_to_one_and_constant_values_come_back():
 
 
 def test_the_order_of_keys_does_not_matter_where_all_are_seen():
-  mixer, x = make(causal=False), jnp.asarray(X, jnp.float32)
-  order = RNG.permutation(S)
-  context = jnp.asarray(C, jnp.float32)
+  mixer, order = make(causal=False), RNG.permutation(S)
+  x, context = jnp.asarray(X, jnp.float32), jnp.asarray(C, jnp.float32)
   np.testing.assert_allclose(
     mixer(x, context=context[:, order]), mixer(x, context=context), rtol=1e-4, atol=1e-6
   )
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_recurrent_chunkwise_and_parallel_forms_and_steps_agree(normalise):
+  with jax.enable_x64(True):
+    x, one = jnp.asarray(X), Tokens.of_length(T)
+    mixers = [make(normalise=normalise, chunk=chunk) for chunk in (1, 4, 16, T)]
+    expected, cache = mixers[0](x), mixers[1].init_cache(B, T)
+    for mixer in mixers[1:]:
+      np.testing.assert_allclose(mixer(x), expected, rtol=1e-10, atol=1e-12)
+    for a, b in ((0, 1), (1, 8), (8, T)):
+      y, cache = mixers[1].step(x[:, a:b], cache)
+      np.testing.assert_allclose(y, expected[:, a:b], rtol=1e-10, atol=1e-12)
+    both = make(normalise=normalise, chunk=4, causal=False)  # what follows meets what precedes
+    np.testing.assert_allclose(both(x, tokens=one), both(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("cross", [True, False])
+def test_what_is_observed_of_self_and_cross_attention_is_its_matrix_and_what_heads_read(cross):
+  mixer, x, context = make(causal=False), *(jnp.asarray(y, jnp.float32) for y in (X, C))
+  source = context if cross else x
+  _, seen = observe(mixer, x, context=context if cross else None)
+  assert seen["weights"].shape == (B, N, T, source.shape[1])
+  read = jnp.einsum("bnts,bsnv->btnv", seen["weights"], jnp.repeat(mixer.values(source), 2, 2))
+  np.testing.assert_allclose(seen["heads"], read, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("feature", registry.names("features"))

@@ -49,8 +49,8 @@ def test_rows_take_the_pages_that_their_lengths_need_and_match_a_full_cache(coun
     y, paged = step(paged, text(max(more), seed), at(paged, more))
     expected, full = step(full, text(max(more), seed), at(full, more))
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-  assert [len(p) for p in pages_of(paged)] == [-(-n // P) for n in paged.seen.tolist()]
-  assert len(set(sum(pages_of(paged), []))) == sum(map(len, pages_of(paged)))
+  assert list(map(len, pages := pages_of(paged))) == [-(-n // P) for n in paged.seen.tolist()]
+  assert len(set(sum(pages, []))) == len(sum(pages, []))
 
 
 def test_it_does_not_matter_where_pages_lie_or_what_free_ones_hold():
@@ -93,8 +93,7 @@ def test_a_full_pool_gives_nan_until_the_row_is_released_and_freed_pages_serve_o
   assert np.isnan(y[0]).all() and np.isfinite(y[2]).all()
   cache = cache.release(jnp.array([True, False, False]))
   y, cache = step(cache, text(2, 3), at(cache, (2, 0, 0)))
-  fresh = Full().empty(B, T, K, H, H)
-  expected, _ = step(fresh, text(2, 3), fresh.next(2))
+  expected, _ = step(fresh := Full().empty(B, T, K, H, H), text(2, 3), fresh.next(2))
   np.testing.assert_allclose(y[0], expected[0], rtol=1e-5, atol=1e-6)
 
 

@@ -28,6 +28,7 @@ def median(values: list[int]) -> int:
   ordered, half = sorted(values), len(values) // 2
   return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) // 2
 
+
 def draw(rng: random.Random, depth: int, arguments: int) -> tuple[list[str], int]:
   """A random expression, as tokens and value: a digit, or an operator of 2 .. `arguments` more."""
   if depth == 1 or rng.random() > OPERATOR_PROBABILITY:
@@ -101,8 +102,8 @@ class Listops(Dataset):
         break
     else:
       raise ValueError(
-        f"of {TRIES} expressions of depth={self.depth} and arguments={self.arguments} none has more "
-        f"than shortest={self.shortest} and fewer than longest={self.longest} tokens"
+        f"of {TRIES} expressions of depth={self.depth} and arguments={self.arguments} none has "
+        f"more than shortest={self.shortest} and fewer than longest={self.longest} tokens"
       )
     last = np.arange(len(tokens)) == len(tokens) - 1
     return dict(

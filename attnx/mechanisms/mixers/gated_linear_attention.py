@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from attnx.core.registry import Entry
 from attnx.nn.conv import exists
-from attnx.nn.linear import RMSNorm, linear
+from attnx.nn.gated_norm import GatedNorm
+from attnx.nn.linear import linear
 from attnx.nn.mixer import refuse
 from attnx.nn.position import working_dtype
 from attnx.nn.recurrent import RecurrentMixer
@@ -28,6 +29,7 @@ class GatedLinearAttention(RecurrentMixer):
     expand_key, expand_value: widths of all keys and of all values over D.
     gate_rank: rank of the map that gates come from.
     temperature: what log gates are divided by; 16 keeps a decay of 0.958 where the gate is 1/2.
+    chunk: tokens handled at once; any number gives the same.
 
   Raises:
     ValueError: `num_heads` does not divide a width, or a number is not positive.
@@ -43,6 +45,7 @@ class GatedLinearAttention(RecurrentMixer):
     expand_value: float = 1.0,
     gate_rank: int = 16,
     temperature: float = 16.0,
+    chunk: int = 64,
     rngs: nnx.Rngs,
   ):
     N, keys, values = num_heads, int(expand_key * dim), int(expand_value * dim)
@@ -50,14 +53,15 @@ class GatedLinearAttention(RecurrentMixer):
       raise ValueError(f"num_heads={N} must divide {keys} channels of keys and {values} of values")
     if gate_rank < 1 or temperature <= 0:
       raise ValueError(f"gate_rank={gate_rank} and temperature={temperature} must be positive")
-    self.temperature, self.shape = temperature, (N, keys // N, values // N)
+    self.temperature, self.chunk = temperature, chunk
+    self.shape = (N, keys // N, values // N)
     init = jax.nn.initializers.variance_scaling(2**-5, "fan_avg", "uniform")
     make = lambda outputs, **options: linear(dim, outputs, kernel_init=init, rngs=rngs, **options)
     self.query, self.key = make((N, keys // N)), make((N, keys // N))
     self.value, self.gate = make((N, values // N)), make((N, values // N))
     self.narrow = make(gate_rank)
     self.decay = linear(gate_rank, (N, keys // N), use_bias=True, kernel_init=init, rngs=rngs)
-    self.norm = RMSNorm(values // N, epsilon=1e-5, rngs=rngs)
+    self.norm = GatedNorm(values // N, epsilon=1e-5, rngs=rngs)
     self.out = linear((N, values // N), dim, kernel_init=init, rngs=rngs)
 
   def empty(self, batch):
@@ -65,7 +69,11 @@ class GatedLinearAttention(RecurrentMixer):
 
   def run(self, x, past, tokens):
     heads, state = self._recur(x, self.values(x), past, tokens)
-    return self.out(self.norm(heads) * jax.nn.silu(self.gate(x))), state
+    return self.out(self.norm(heads, self.gate(x))), state
+
+  def look(self, x, tokens):
+    super().look(x, tokens)
+    self.sow(nnx.Intermediate, "heads", self.mix(x, self.values(x), tokens=tokens))
 
   def values(self, x):
     return self.value(x)
@@ -83,7 +91,9 @@ class GatedLinearAttention(RecurrentMixer):
     """Heads (B, T, N, V) and the state after them."""
     q, k = self.query(x) * self.shape[1] ** -0.5, exists(self.key(x), tokens)
     segment = None if tokens is None else tokens.segment
-    return linear_attention(q, k, v, self.log_decay(x), state=state, segment=segment)
+    return linear_attention(
+      q, k, v, self.log_decay(x), state=state, segment=segment, chunk=self.chunk
+    )
 
 
 ENTRY = Entry(

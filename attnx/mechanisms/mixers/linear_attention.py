@@ -13,6 +13,7 @@ from attnx.core.registry import Entry
 from attnx.core.tokens import Tokens
 from attnx.nn.attention import sides, width_of_heads
 from attnx.nn.conv import exists
+from attnx.nn.implicit import implicit_attention
 from attnx.nn.linear import linear
 from attnx.nn.mixer import observed
 from attnx.nn.position import Position, working_dtype
@@ -36,8 +37,11 @@ class LinearAttention(RecurrentMixer):
     feature: entry of `features`.
     position: entry of `positions`, applied before the features; None for none.
     causal: sums run over the past only.
-    normalise: divide by the sum of weights; without it, features may be of any sign.
-    epsilon: added to that sum.
+    normalise: divide by the sum of weights, which is one more column of the state; without it,
+      features may be of any sign.
+    epsilon: added to that sum, which features that are not negative keep from being less. Rows
+      whose sum is far below it, where features underflow, come out near zero.
+    chunk: tokens handled at once; any number gives the same.
 
   Raises:
     ValueError: numbers of heads do not divide.
@@ -58,6 +62,7 @@ class LinearAttention(RecurrentMixer):
     causal: bool = True,
     normalise: bool = True,
     epsilon: float = 1e-6,
+    chunk: int = 64,
     rngs: nnx.Rngs,
   ):
     H = width_of_heads(dim, num_heads) if head_dim is None else head_dim
@@ -69,7 +74,7 @@ class LinearAttention(RecurrentMixer):
     self.position = (
       Position() if position is None else registry.build("positions", position, **offer)
     )
-    self.causal, self.normalise, self.epsilon = causal, normalise, epsilon
+    self.causal, self.normalise, self.epsilon, self.chunk = causal, normalise, epsilon, chunk
     source = dim if context_dim is None else context_dim
     self.query = linear(dim, (num_heads, H), rngs=rngs)
     self.key, self.value = (linear(source, (K, H), rngs=rngs) for _ in range(2))
@@ -78,9 +83,11 @@ class LinearAttention(RecurrentMixer):
   def __call__(self, x, *, context=None, tokens=None, context_tokens=None, key=None):
     del key  # nothing drops
     where = dict(context=context, tokens=tokens, context_tokens=context_tokens)
-    if observed(self) and context is None:
-      self.look(x, tokens)
-    return self.out(self.mix(x, self.values(x if context is None else context), **where))
+    heads = self.mix(x, self.values(x if context is None else context), **where)
+    if observed(self):
+      self.sow(nnx.Intermediate, "weights", implicit_attention(self, x, **where))
+      self.sow(nnx.Intermediate, "heads", heads)
+    return self.out(heads)
 
   def values(self, x):
     return self.value(x)
@@ -92,15 +99,11 @@ class LinearAttention(RecurrentMixer):
     if context is not None:
       sums = self._over_context(q, k, v, tokens, context_tokens)
     elif self.causal:
-      sums = linear_attention(q, k, v, segment=q_tokens.segment)[0]
+      sums = self._sums(q, k, v, segment=None if tokens is None else tokens.segment)[0]
+    elif tokens is None:
+      sums = read_all(q, k, v)
     else:
-      # All of a document is what comes before a token, itself included, and what comes after it.
-      back = lambda y: jnp.flip(jnp.asarray(y), axis=1)
-      later = linear_attention(
-        back(q), back(k), back(v),
-        bonus=jnp.zeros((q.shape[2], q.shape[3])), segment=back(q_tokens.segment),
-      )[0]  # fmt: skip
-      sums = linear_attention(q, k, v, segment=q_tokens.segment)[0] + back(later)
+      sums = self._both_ways(q, k, v, tokens.segment)
     return exists(self._divided(sums), q_tokens).astype(values.dtype)
 
   def empty(self, batch):
@@ -116,14 +119,13 @@ class LinearAttention(RecurrentMixer):
 
   def run(self, x, past, tokens):
     position = past["seen"] + jnp.arange(x.shape[1], dtype=jnp.int32)
-    if tokens is None:
-      tokens = Tokens(position, position, jnp.zeros_like(position))
-    q, k = self._features(x, x, tokens, tokens)
-    v = self.values(x)
-    sums, state = linear_attention(
-      q, exists(k, tokens), self._counted(v), state=past["state"], segment=tokens.segment
-    )
-    seen = jnp.broadcast_to(jnp.maximum(jnp.asarray(tokens.position)[:, -1:] + 1, 0), (len(x), 1))
+    where = Tokens(position, position, jnp.zeros_like(position)) if tokens is None else tokens
+    q, k = self._features(x, x, where, where)
+    sums, state = self._sums(
+      q, exists(k, tokens), self._counted(self.values(x)), state=past["state"],
+      segment=None if tokens is None else tokens.segment,
+    )  # fmt: skip
+    seen = jnp.broadcast_to(jnp.maximum(jnp.asarray(where.position)[:, -1:] + 1, 0), (len(x), 1))
     y = self.out(exists(self._divided(sums), tokens).astype(x.dtype))
     return y, dict(seen=seen.astype(jnp.int32), state=state)
 
@@ -140,20 +142,35 @@ class LinearAttention(RecurrentMixer):
   def _divided(self, sums: jax.Array) -> jax.Array:
     return sums[..., :-1] / (sums[..., -1:] + self.epsilon) if self.normalise else sums
 
+  def _sums(self, q, k, v, **options):
+    return linear_attention(q, k, v, chunk=self.chunk, **options)
+
+  def _both_ways(self, q, k, v, segment):
+    """Sums over the documents of tokens: what comes up to a token, and what comes after it."""
+    back = lambda y: jnp.flip(jnp.asarray(y), axis=1)
+    not_itself = jnp.zeros((q.shape[2], q.shape[3]))
+    later = self._sums(back(q), back(k), back(v), bonus=not_itself, segment=back(segment))[0]
+    return self._sums(q, k, v, segment=segment)[0] + back(later)
+
   def _over_context(self, q, k, v, tokens, context_tokens):
     """Sums over a context (B, S, ...): all of it, or what stands no later than the query."""
-    (B, T, N, M), (S, K) = q.shape, k.shape[1:3]
     if not self.causal:
-      state = jnp.einsum("bskm,bskv->bkmv", k, v)
-      return jnp.einsum("btkgm,bkmv->btkgv", q.reshape(B, T, K, N // K, M), state).reshape(
-        B, T, N, -1
-      )
+      return read_all(q, k, v)
     if tokens is not None or context_tokens is not None:
       raise NotImplementedError(
         "causal linear attention to a context goes by places; leave tokens out, or take attention"
       )
+    T, S = q.shape[1], k.shape[1]
     pad = lambda y: jnp.pad(y, [(0, 0), (0, max(T - S, 0)), (0, 0), (0, 0)])[:, :T]
-    return linear_attention(q, pad(k), pad(v))[0]
+    return self._sums(q, pad(k), pad(v))[0]
+
+
+def read_all(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """q_t sum_s k_s v_s^T over all s: (B, T, N, M), (B, S, K, M), (B, S, K, V) to (B, T, N, V)."""
+  (B, T, N, M), K = q.shape, k.shape[2]
+  state = jnp.einsum("bskm,bskv->bkmv", k, v)
+  heads = jnp.einsum("btkgm,bkmv->btkgv", q.reshape(B, T, K, N // K, M), state)
+  return heads.reshape(B, T, N, v.shape[3])
 
 
 ENTRY = Entry(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -10,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx.attention import AttentionSpec, attend_partial
-from attnx.attention.masks import Causal
 from attnx.attention.normalisers import Normaliser
 from attnx.attention.transforms import Transform
 from attnx.core import registry, struct
 from attnx.core.registry import Entry
 from attnx.core.tokens import Tokens
 from attnx.nn.conv import exists
-from attnx.nn.linear import RMSNorm, linear
+from attnx.nn.gated_norm import GatedNorm
+from attnx.nn.linear import linear
 from attnx.nn.mixer import refuse
 from attnx.nn.position import working_dtype
 from attnx.nn.recurrent import RecurrentMixer
@@ -38,67 +39,81 @@ def frequencies(width: int) -> np.ndarray:
   return 10_000.0 ** -np.linspace(0.0, 1.0, width // 2)
 
 
-# What a row is divided by, (B, T, N, 1) and without gradient. The official code has one for each of
-# its forms; after the norm of a head they all are plain retention, but for the epsilon.
+class Rows(NamedTuple):
+  """What a normalisation sees, to give what rows are divided by, (B, T, N) and without gradient.
+
+  The official code has one for each of its forms. After the norm of a head they all are plain
+  retention, but for the epsilon.
+  """
+
+  q: jax.Array  # (B, T, N, H), turned
+  k: jax.Array  # (B, T, N, H), turned and scaled
+  v: jax.Array  # (B, T, N, V)
+  root: jax.Array  # (B, T, N), sqrt(m_t) with m_t = sum_s gamma^(t-s)
+  total: jax.Array  # (B, T, N), sum_s q_t k_s gamma^(t-s)
+  tokens: Tokens | None
 
 
-def plain(q, k, v, mass, tokens) -> float:
+def plain(rows: Rows) -> jax.Array:
   """1: a float32 state needs no help."""
-  del q, k, v, mass, tokens
-  return 1.0
+  return jnp.ones_like(rows.root)
 
 
-def recurrent(q, k, v, mass, tokens) -> jax.Array:
-  """sqrt(m_t), m_t = sum_s gamma^(t-s), as the official recurrent form."""
-  del q, k, v, tokens
-  return jnp.sqrt(jnp.maximum(mass, 1.0))[..., None]
+def recurrent(rows: Rows) -> jax.Array:
+  """sqrt(m_t), as the official recurrent form."""
+  return rows.root
 
 
-def parallel(q, k, v, mass, tokens) -> jax.Array:
+def absolute_sum(rows: Rows) -> jax.Array:
+  """sqrt(m_t) max(|sum_s q_t k_s gamma^(t-s)| / sqrt(m_t), 1), as the paper.
+
+  So did the official parallel form before it summed absolute values. The sum is q_t times a state
+  of its own, and is the same in every form.
+  """
+  return jnp.maximum(jnp.abs(rows.total), rows.root)
+
+
+def parallel(rows: Rows) -> jax.Array:
   """sqrt(m_t) clip(sum_s |q_t k_s| gamma^(t-s) / sqrt(m_t), 1, 5e4), as the official parallel form.
 
   O(T^2 H) work in linear memory: no state knows a sum of absolute values.
   """
-  root = jnp.sqrt(jnp.maximum(mass, 1.0))
-  spec = AttentionSpec(
-    Causal() & registry.build("masks", "same_segment"), (Decay(q.shape[2]),), Linear(), scale=1.0
-  )
-  tokens = Tokens.of_length(q.shape[1]) if tokens is None else tokens
-  total = attend_partial(q, k, v[..., :1], spec, q_tokens=tokens, k_tokens=tokens).mass
-  return (root * jnp.clip(total / root, 1.0, 5e4))[..., None]
+  mask = registry.build("masks", "causal") & registry.build("masks", "same_segment")
+  spec = AttentionSpec(mask, (Decay(rows.q.shape[2]),), Linear(), scale=1.0)
+  tokens = Tokens.of_length(rows.q.shape[1]) if rows.tokens is None else rows.tokens
+  near = attend_partial(rows.q, rows.k, rows.v[..., :1], spec, q_tokens=tokens, k_tokens=tokens)
+  return rows.root * jnp.clip(near.mass / rows.root, 1.0, 5e4)
 
 
-def chunkwise(q, k, v, mass, tokens) -> jax.Array:
+def chunkwise(rows: Rows) -> jax.Array:
   """s_i max(1, sum_j |q_i k_j| gamma^(i-j) / s_i, max_V sum_H |S| / l) in chunks of 512.
 
   Here s_i^2 sums gamma^(i-j) over the chunk so far, l sums gamma^j over a whole chunk, and S is the
   state before it, as in the official chunkwise form.
   """
-  del mass
-  if tokens is not None:
+  if rows.tokens is not None:
     raise NotImplementedError("the chunkwise normalisation cannot tell documents apart; take plain")
-  (B, T, N, _), C = q.shape, min(CHUNK, q.shape[1])
-  log_decay = jnp.asarray(log_decays(N), working_dtype(q))
-  heads = lambda x: chunks.heads_first(x, N, working_dtype(x))
+  (B, T, N, H), V, C = rows.q.shape, rows.v.shape[3], min(CHUNK, rows.q.shape[1])
+  log_decay = jnp.asarray(log_decays(N), dtype := working_dtype(rows.q))
   far = np.arange(C)[:, None] - np.arange(C)
   decay = jnp.where(far >= 0, jnp.exp(far * log_decay[:, None, None]), 0.0)  # (N, C, C)
   root, whole = jnp.sqrt(decay.sum(-1)), decay[:, -1].sum(-1)
 
   def step(state, of):
-    q, k, v = map(heads, of)
+    q, k, v = (chunks.heads_first(x, N, dtype) for x in of)
     inside = (jnp.abs(q @ k.mT) * decay).sum(-1) / root
-    before = jnp.abs(state).sum(-2).max(-1) / whole  # (B, N)
-    most = jnp.maximum(jnp.maximum(inside, before[..., None]), 1.0)
-    onto = k * decay[:, -1, :, None]
-    state = jnp.exp(C * log_decay)[:, None, None] * state + onto.mT @ v
+    before = jnp.abs(state).sum(-2).max(-1) / whole
+    most = jnp.maximum(jnp.maximum(inside, before[..., None]), 1.0)  # (B, N, C)
+    state = jnp.exp(C * log_decay)[:, None, None] * state + (k * decay[:, -1, :, None]).mT @ v
     return state, jnp.swapaxes(root * most, 1, 2)
 
-  state = jnp.zeros((B, N, q.shape[3], v.shape[3]), working_dtype(q))
-  _, most = chunks.scan(step, state, tuple(chunks.cut(x, C) for x in (q, k, v)))
-  return chunks.join(most, T)[..., None]
+  xs = tuple(chunks.cut(x, C) for x in (rows.q, rows.k, rows.v))
+  _, most = chunks.scan(step, jnp.zeros((B, N, H, V), dtype), xs)
+  return chunks.join(most, T)
 
 
-NORMALISATIONS = dict(plain=plain, recurrent=recurrent, parallel=parallel, chunkwise=chunkwise)
+STREAMING = dict(plain=plain, recurrent=recurrent, absolute_sum=absolute_sum)
+NORMALISATIONS = STREAMING | dict(parallel=parallel, chunkwise=chunkwise)
 
 
 @struct.dataclass
@@ -114,14 +129,11 @@ class Decay(Transform):
 
 @struct.dataclass
 class Linear(Normaliser):
-  """w_j = s_j: the scores themselves."""
+  """w_j = s_j: the scores themselves, of which `parallel` wants the mass."""
 
   def weigh(self, scores, visible, peak):
     del peak
     return jnp.where(visible, scores, 0.0)
-
-  def finish(self, p):
-    return p.out
 
 
 class Retention(RecurrentMixer):
@@ -130,15 +142,18 @@ class Retention(RecurrentMixer):
   q and k turn with the position, at 10000^(-j / (H/2 - 1)) radians a token, in two halves of the
   channels where the official code takes neighbours (the same up to an order of channels); k is over
   sqrt(H). Then out W_o with out = RMSNorm(o) * silu(x W_g) by head. (B, T, D) to (B, T, D) in the
-  dtype of `x`; decays and states (B, N, H, V) are float32. Documents empty the state.
+  dtype of `x`; decays, states (B, N, H, V) and the sums of gamma^(t-s) and of gamma^(t-s) k_s, for
+  normalisations that stream, are float32. Documents empty them.
 
   Args:
     dim: D.
     num_heads: N; each head has its own fixed gamma = 1 - 2^-(5 + n).
     expand: width of the values over D.
-    normalisation: what a row is divided by before the norm: "plain", "recurrent", "parallel" or
-      "chunkwise", after the forms of the official code, or a function like those of this file.
+    normalisation: what a row is divided by before the norm: "plain", "absolute_sum" as in the
+      paper, "recurrent", "parallel" or "chunkwise" after the forms of the official code, or a
+      function like those of this file.
     epsilon: of the norm; with 0 all normalisations are the same.
+    chunk: tokens handled at once; any number gives the same.
 
   Raises:
     ValueError: `num_heads` does not divide D or the width of the values, or heads are odd.
@@ -151,8 +166,9 @@ class Retention(RecurrentMixer):
     *,
     num_heads: int = 4,
     expand: float = 2,
-    normalisation: str | Callable[..., jax.Array | float] = "plain",
+    normalisation: str | Callable[[Rows], jax.Array] = "plain",
     epsilon: float = 1e-6,
+    chunk: int = 64,
     rngs: nnx.Rngs,
   ):
     N, inner = num_heads, int(expand * dim)
@@ -160,47 +176,46 @@ class Retention(RecurrentMixer):
       raise ValueError(
         f"num_heads={N} must divide {inner} values and give dim={dim} an even number of channels"
       )
-    if isinstance(normalisation, str) and normalisation not in NORMALISATIONS:
-      known = registry.suggestion(normalisation, NORMALISATIONS)
-      raise ValueError(f"normalisation={normalisation!r} is unknown; {known}")
-    self.divisor = NORMALISATIONS.get(normalisation, normalisation)
-    self.shape = (N, dim // N, inner // N)
-    init = jax.nn.initializers.variance_scaling
-    narrow = dict(kernel_init=init(2**-5, "fan_avg", "uniform"), rngs=rngs)
-    self.query, self.key = (linear(dim, (N, dim // N), **narrow) for _ in range(2))
-    self.value, self.gate = (linear(dim, (N, inner // N), **narrow) for _ in range(2))
-    self.norm = RMSNorm(inner // N, epsilon=epsilon, use_scale=False, rngs=rngs)
-    wide = init(2**-2, "fan_avg", "uniform")
-    self.out = linear((N, inner // N), dim, kernel_init=wide, rngs=rngs)
+    if not callable(normalisation) and normalisation not in NORMALISATIONS:
+      near = registry.suggestion(normalisation, NORMALISATIONS)
+      raise ValueError(f"normalisation={normalisation!r} is unknown; {near}")
+    self.divisor = normalisation if callable(normalisation) else NORMALISATIONS[normalisation]
+    H, V = dim // N, inner // N
+    self.shape, self.chunk = (N, H, V), chunk
+    init = lambda gain: jax.nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
+    into = lambda width: linear(dim, (N, width), kernel_init=init(2**-2.5), rngs=rngs)
+    self.query, self.key, self.value, self.gate = map(into, (H, H, V, V))
+    self.norm = GatedNorm(V, epsilon=epsilon, use_scale=False, rngs=rngs)
+    self.out = linear((N, V), dim, kernel_init=init(2**-1), rngs=rngs)
 
   def empty(self, batch):
     N, H, V = self.shape
-    return dict(
-      seen=jnp.zeros((batch, 1), jnp.int32),
-      mass=jnp.zeros((batch, 1, N, 1)),
-      state=jnp.zeros((batch, N, H, V)),
-    )
+    sizes = dict(mass=(1, 1), keys=(H, 1), state=(H, V))
+    sums = {name: jnp.zeros((batch, N, *size)) for name, size in sizes.items()}
+    return sums | dict(seen=jnp.zeros((batch, 1), jnp.int32))
 
   def step(self, x, cache, *, tokens=None):
-    if self.divisor not in (plain, recurrent):
+    if self.divisor not in STREAMING.values():
       raise NotImplementedError(
-        "this normalisation divides by sums over whole rows; decode with normalisation='recurrent'"
-        " or 'plain', which are the same after the norm"
+        "this normalisation looks at whole rows; decode with 'recurrent', the same after the norm"
       )
     return super().step(x, cache, tokens=tokens)
 
   def run(self, x, past, tokens):
     v = self.values(x)
     heads, past = self._recur(x, v, v, past, tokens)
-    return self.out(self.norm(heads).astype(x.dtype) * jax.nn.silu(self.gate(x))), past
+    return self.out(self.norm(heads, self.gate(x))), past
+
+  def look(self, x, tokens):
+    super().look(x, tokens)
+    self.sow(nnx.Intermediate, "heads", self.mix(x, self.values(x), tokens=tokens))
 
   def values(self, x):
     return self.value(x)
 
   def mix(self, x, values, *, context=None, tokens=None, context_tokens=None):
     refuse(self, context=context, context_tokens=context_tokens)
-    past = self.empty(x.shape[0])
-    past["state"] = jnp.zeros((*past["state"].shape[:3], values.shape[3]))
+    past = self.empty(x.shape[0]) | dict(state=None)  # of another width, perhaps
     return self._recur(x, values, self.values(x), past, tokens)[0]
 
   def _recur(self, x, v, own, past, tokens):
@@ -208,21 +223,22 @@ class Retention(RecurrentMixer):
     N, H, _ = self.shape
     position = past["seen"] + jnp.arange(x.shape[1], dtype=jnp.int32)
     position = position if tokens is None else jnp.asarray(tokens.position)
-    dtype = working_dtype(x)
-    angle = angles(position, frequencies(H), dtype)
+    angle = angles(position, frequencies(H), dtype := working_dtype(x))
     q = rotate(self.query(x), angle)
     k = exists(rotate(self.key(x), angle), tokens) * H**-0.5
     log_decay = jnp.asarray(log_decays(N), dtype)[:, None]
     segment = None if tokens is None else tokens.segment
-    decayed = lambda q, k, v, state: linear_attention(
-      q, k, v, log_decay, state=state, segment=segment
+    decayed = lambda q, k, v, name: linear_attention(
+      q, k, v, log_decay, state=past[name], segment=segment, chunk=self.chunk
     )
-    heads, state = decayed(q, k, v, past["state"])
-    ones = exists(jnp.ones((*x.shape[:2], N, 1), dtype), tokens)
-    mass, last = decayed(jnp.ones_like(ones), ones, ones, past["mass"].swapaxes(1, 2))
-    divisor = jax.lax.stop_gradient(self.divisor(q, k, own, mass[..., 0], tokens))
+    heads, state = decayed(q, k, v, "state")
+    one = exists(jnp.ones((*x.shape[:2], N, 1), dtype), tokens)
+    (total, keys), (mass, last) = decayed(q, k, one, "keys"), decayed(one, one, one, "mass")
+    root = jnp.sqrt(jnp.maximum(mass, 1.0))[..., 0]  # at least 1 where there is a token
+    rows = Rows(q=q, k=k, v=own, root=root, total=total[..., 0], tokens=tokens)
+    divisor = jax.lax.stop_gradient(self.divisor(rows))[..., None]
     seen = jnp.broadcast_to(jnp.maximum(position[:, -1:] + 1, 0), past["seen"].shape)
-    past = dict(seen=seen, mass=last.swapaxes(1, 2), state=state)
+    past = dict(seen=seen, mass=last, keys=keys, state=state)
     return (heads / divisor).astype(v.dtype), past
 
 
