@@ -173,9 +173,7 @@ class Retention(RecurrentMixer):
   ):
     N, inner = num_heads, int(expand * dim)
     if N < 1 or dim % (2 * N) or inner % N or inner < 1:
-      raise ValueError(
-        f"num_heads={N} must divide {inner} values and give dim={dim} an even number of channels"
-      )
+      raise ValueError(f"num_heads={N} must divide {inner} values, and dim={dim} into even heads")
     if not callable(normalisation) and normalisation not in NORMALISATIONS:
       near = registry.suggestion(normalisation, NORMALISATIONS)
       raise ValueError(f"normalisation={normalisation!r} is unknown; {near}")
