@@ -178,8 +178,7 @@ class Retention(RecurrentMixer):
       near = registry.suggestion(normalisation, NORMALISATIONS)
       raise ValueError(f"normalisation={normalisation!r} is unknown; {near}")
     self.divisor = normalisation if callable(normalisation) else NORMALISATIONS[normalisation]
-    H, V = dim // N, inner // N
-    self.shape, self.chunk = (N, H, V), chunk
+    self.shape, self.chunk = (N, H := dim // N, V := inner // N), chunk
     init = lambda gain: jax.nn.initializers.variance_scaling(gain**2, "fan_avg", "uniform")
     into = lambda width: linear(dim, (N, width), kernel_init=init(2**-2.5), rngs=rngs)
     self.query, self.key, self.value, self.gate = map(into, (H, H, V, V))
