@@ -1,9 +1,9 @@
-r"""Handwritten digits, 8 x 8, by a vision transformer of single pixels' neighbourhoods.
+r"""Handwritten digits, 8 x 8, by a vision transformer of patches of 2 x 2.
 
 python -m attnx.train --config configs/digits_vit.py --workdir runs/digits_vit
 
-1000 steps recognise 90.5 % of the 359 held-out digits (held-out loss 0.300), in under 3 minutes on
-two CPU cores that were busy with other work.
+1000 steps recognise 94.4 % of the 355 held-out digits (held-out loss 0.181), in 2:14 minutes on
+two CPU cores that were busy with other work; 88 seconds of CPU time.
 """
 
 import ml_collections
