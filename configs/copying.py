@@ -3,7 +3,7 @@ r"""Copying 16 symbols, with retention and attention by turns.
 python -m attnx.train --config configs/copying.py --workdir runs/copying
 python -m attnx.train --config configs/copying.py:retention --workdir runs/copying_retention
 
-150 steps reach a held-out loss of 0.0014 nats and copy every symbol, in 12 seconds on
+150 steps reach a held-out loss of 0.0014 nats and copy every symbol, in 28 seconds of CPU time on
 two CPU cores.
 """
 
