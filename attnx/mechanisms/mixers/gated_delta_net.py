@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from attnx.core.registry import Entry
 from attnx.nn.conv import ConvolvedHeads
-from attnx.nn.linear import RMSNorm, linear, unit
+from attnx.nn.gated_norm import GatedNorm
+from attnx.nn.linear import linear, unit
 from attnx.nn.mixer import refuse
 from attnx.nn.position import working_dtype
 from attnx.nn.recurrent import RecurrentMixer
@@ -67,7 +68,7 @@ class GatedDeltaNet(RecurrentMixer):
     self.beta, self.rate = (linear(dim, N, rngs=rngs) for _ in range(2))
     self.time_step = TimeStep(N, slowest=1e-3, rngs=rngs)  # from 0, where its logarithm is not
     self.gate = linear(dim, (N, V), rngs=rngs)
-    self.norm = RMSNorm(V, epsilon=1e-5, rngs=rngs)
+    self.norm = GatedNorm(V, epsilon=1e-5, rngs=rngs)
     self.out = linear((N, V), dim, rngs=rngs)
 
   def empty(self, batch):
@@ -81,7 +82,7 @@ class GatedDeltaNet(RecurrentMixer):
     k, key = self.key.step(x, past["key"], tokens=tokens)
     v, value = self.value.step(x, past["value"], tokens=tokens)
     heads, state = self._recur(x, q, k, v, past["state"], tokens)
-    y = self.out(self.norm(heads) * jax.nn.silu(self.gate(x)))
+    y = self.out(self.norm(heads, self.gate(x)))
     return y, dict(query=query, key=key, value=value, state=state)
 
   def values(self, x, *, tokens=None):
