@@ -15,6 +15,7 @@ from attnx.attention import AttentionSpec, attend, reference
 from attnx.attention.transforms import Dropout
 from attnx.core import registry
 from attnx.core.tokens import Tokens
+from attnx.nn.aside import Loss
 from attnx.nn.kv_cache import Cache
 from attnx.nn.linear import RMSNorm, linear
 from attnx.nn.mixer import Mixer, observed
@@ -92,6 +93,8 @@ class Attention(Mixer):
   def __call__(self, x, *, context=None, tokens=None, context_tokens=None, key=None):
     v = self.values(x if context is None else context)
     where = dict(context=context, tokens=tokens, context_tokens=context_tokens)
+    if self.combiner is not None and observed(self, Loss):
+      self.combiner.aside(x, tokens)
     return self.project(self.mix(x, v, **where, key=key), x)
 
   def mix(self, x, values, *, context=None, tokens=None, context_tokens=None, key=None):
@@ -122,7 +125,7 @@ class Attention(Mixer):
     k = self.key(context)
     return k if self.key_norm is None else self.key_norm(k)
 
-  def values(self, x: jax.Array) -> jax.Array:
+  def values(self, x: jax.Array, *, tokens: Tokens | None = None) -> jax.Array:
     """(B, S, D) to values (B, S, K, H)."""
     return self.value(x)
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from attnx.core import struct
 
 
-class Average(nnx.Variable):
-  """A moving average over batches, which no gradient moves."""
-
-
 @struct.dataclass
 class Codebook:
   """R codewords a head: sums of the vectors that were nearest to each, and how many they were.
 
-  It is learned by moving averages (arXiv:1711.00937): `of` makes the sums of a batch, `moved` the
-  next codebook. Vectors learn through their codewords, straight through, and by a commitment loss
+  It is learned by moving averages (arXiv:1711.00937) of the sums that `of` makes of a batch. Vectors
+  learn through their codewords, straight through, and by a commitment loss
   that pulls them there.
 
   Attributes:
@@ -58,7 +53,3 @@ class Codebook:
       sum=jnp.zeros_like(self.sum).at[at].add(x.astype(self.sum.dtype)),
       count=jnp.zeros_like(self.count).at[at].add(weight),
     )
-
-  def moved(self, batch: Codebook, decay: float = 0.99) -> Codebook:
-    """decay * self + (1 - decay) * batch: the codebook after a batch."""
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, self, batch)

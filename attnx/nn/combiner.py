@@ -12,12 +12,15 @@ class Combiner(nnx.Module):
   """Weighs or gates heads, each token by itself, so that decoding needs nothing more. Facts:
 
     identity: returns the heads themselves as it is initialised.
-    balanced: has a `balance_loss`, which training should add.
+    balanced: has a `balance_loss`, which training adds.
   """
 
   def __call__(self, heads: jax.Array, x: jax.Array) -> jax.Array:
     """Heads (B, T, N, V) to heads of the same shape and dtype, seeing the input x (B, T, D)."""
     raise NotImplementedError
+
+  def aside(self, x: jax.Array, tokens: Tokens | None) -> None:
+    """Sows what training adds to the loss for tokens x (B, T, D); nothing here."""
 
   def balance_loss(self, x: jax.Array, *, tokens: Tokens | None = None) -> jax.Array:
     """A scalar that keeps a router from forgetting heads; tokens at negative positions are out."""

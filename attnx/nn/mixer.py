@@ -68,8 +68,11 @@ class Mixer(nnx.Module):
     """
     raise NotImplementedError(f"{type(self).__name__} does not declare 'streaming'")
 
-  def values(self, x: jax.Array) -> jax.Array:
-    """What is mixed: (B, S, D) to (B, S, K, V), or (B, S, D, 1) where channels mix apart."""
+  def values(self, x: jax.Array, *, tokens: Tokens | None = None) -> jax.Array:
+    """What is mixed: (B, S, D) to (B, S, K, V), or (B, S, D, 1) where channels mix apart.
+
+    `tokens` say where those of `x` sit, to values that see their neighbours.
+    """
     raise NotImplementedError(f"{type(self).__name__} does not declare 'linear_in_values'")
 
   def mix(
@@ -83,7 +86,7 @@ class Mixer(nnx.Module):
   ) -> jax.Array:
     """Values (B, S, K, V) of any width V to heads (B, T, N, V): linear, with weights that x gives.
 
-    A call does this to `values(x)`, and then what it does to each token alone: norms, gates,
+    A call does this to `values(x, tokens=tokens)`, and then what it does to each token alone: norms, gates,
     combiners, projections. Arguments as for a call.
     """
     raise NotImplementedError(f"{type(self).__name__} does not declare 'linear_in_values'")
@@ -96,6 +99,6 @@ def refuse(module: nnx.Module, **arguments: Any) -> None:
     raise NotImplementedError(f"{type(module).__name__} takes no {' and no '.join(given)}")
 
 
-def observed(module: nnx.Module) -> bool:
-  """Whether `nnx.capture` is collecting from this module; guards work done only to be looked at."""
-  return hasattr(module, "__captures__")
+def observed(module: nnx.Module, kind: type[nnx.Variable] = nnx.Intermediate) -> bool:
+  """Whether `nnx.capture` is collecting this kind; guards work done only for who looks."""
+  return any(type(captured) is kind for captured in getattr(module, "__captures__", ()))

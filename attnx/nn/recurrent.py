@@ -74,9 +74,10 @@ class RecurrentMixer(Mixer):
     raise NotImplementedError(f"{type(self).__name__} does not say how it runs")
 
   def look(self, x: jax.Array, tokens: Tokens | None) -> None:
-    """Sows what is worth looking at in a call on `x`: the matrix that the mixer is."""
-    weights = implicit_attention(self, x, tokens=tokens)
-    self.sow(nnx.Intermediate, "weights", weights)
+    """Sows what is worth looking at in a call on `x`: the matrix that the mixer is, and heads."""
+    values = self.values(x, tokens=tokens)
+    self.sow(nnx.Intermediate, "weights", implicit_attention(self, x, tokens=tokens))
+    self.sow(nnx.Intermediate, "heads", self.mix(x, values, tokens=tokens))
 
   def __call__(self, x, *, context=None, tokens=None, context_tokens=None, key=None):
     del key  # nothing drops

@@ -9,6 +9,7 @@ from typing import Any
 from flax import nnx
 import jax
 
+from attnx.nn.aside import Loss, learns_aside
 from attnx.nn.block import Block
 from attnx.nn.mixer import observed
 
@@ -64,6 +65,11 @@ class Stack(nnx.Module):
     if self.scan and observed(self):
       raise NotImplementedError(
         "a scanned stack cannot be looked into; build it with scan=False, or unroll it"
+      )
+    if (self.scan or self.remat) and observed(self, Loss) and learns_aside(self):
+      raise NotImplementedError(
+        f"a block here learns aside of the gradient, which scan={self.scan} and remat={self.remat!r}"
+        " would lose; train it with scan=False and remat=None"
       )
 
     def run(x, i, block):

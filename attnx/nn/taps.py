@@ -103,7 +103,7 @@ class TapMixer(Mixer):
     v = self.values(x)
     return self._project(self._whole(v, v, tokens, key))
 
-  def values(self, x):
+  def values(self, x, *, tokens=None):
     a, b = jnp.split(self.value(x), 2, axis=-1)
     return (a * jax.nn.sigmoid(b)).reshape(*x.shape[:2], self.num_heads, -1)
 

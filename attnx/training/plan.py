@@ -142,8 +142,8 @@ def work(plan: Plan) -> float:
 
   What rematerialisation computes again is not counted.
   """
-  run = lambda s, b: step.forward(plan.model(s["params"], s["rest"]), b)
-  jaxpr, logits = jax.make_jaxpr(run, return_shape=True)(plan.state, plan.batch)
+  run = lambda s, b: step.learning(plan.model(s["params"], s["rest"]), b)
+  jaxpr, (logits, *_) = jax.make_jaxpr(run, return_shape=True)(plan.state, plan.batch)
   classes = plan.about.vocab if plan.about.kind == "tokens" else plan.about.classes
   wanted = (*plan.batch["targets"].shape, classes)
   if logits.shape != wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+import functools
 import inspect
 import itertools
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import numpy as np
 import optax
 
 from attnx.core.tokens import Tokens
+from attnx.nn.aside import Sums, moved, with_asides
 from attnx.sharded import rules
 from attnx.training.config import Mistake
 
@@ -39,40 +41,52 @@ def nats(logits: jax.Array, batch) -> jax.Array:
   return (losses * batch["weights"]).sum()
 
 
+def learning(
+  model: nnx.Module, batch, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, Sums]:
+  """Logits, what modules add to the loss, and what moves their averages."""
+  return with_asides(lambda model: forward(model, batch, key), model)
+
+
 def updater(plan: Plan) -> Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]:
   """(state, batch) to the next state and metrics; the state is donated.
 
-  Metrics: `loss`, the mean in nats over what is scored; `learning_rate`; `grad_norm`; and
+  Metrics: `loss`, the mean in nats over what is scored, and what modules add to it; `learning_rate`; `grad_norm`; and
   `squares`, the squared norm of each gradient, in the order of the leaves of the parameters.
   """
   parts = plan.config["accumulate"]
 
   def gradients(params, rest, batch, key):
-    total = batch["weights"].sum()
+    total = jnp.maximum(batch["weights"].sum(), 1)
 
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params, part, key):
-      return nats(forward(plan.model(params, rest), part, key), part) / jnp.maximum(total, 1)
+      logits, added, sums = learning(plan.model(params, rest), part, key)
+      return nats(logits, part) / total + added / parts, sums
 
     if parts == 1:
-      return jax.value_and_grad(loss)(params, batch, key)
+      return loss(params, batch, key)
 
     def add(sums, part_key):
-      return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, *part_key)), None
+      return jax.tree.map(jnp.add, sums, loss(params, *part_key)), None
 
     # Row i goes to part i mod parts, so that every device has a share of every part.
     cut = lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-    nothing = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(add, nothing, (jax.tree.map(cut, batch), jax.random.split(key, parts)))[0]
+    cuts = (jax.tree.map(cut, batch), jax.random.split(key, parts))
+    shapes = jax.eval_shape(loss, params, *jax.tree.map(lambda x: x[0], cuts))
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, nothing, cuts)[0]
 
   def update(state, batch):
     key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
-    loss, grads = gradients(state["params"], state["rest"], batch, key)
+    (loss, sums), grads = gradients(state["params"], state["rest"], batch, key)
     updates, opt = plan.optimizer.update(grads, state["optimizer"], state["params"])
     squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)])
     rate = jnp.asarray(plan.schedule(state["step"]), jnp.float32)
     metrics = dict(loss=loss, grad_norm=jnp.sqrt(squares.sum()), learning_rate=rate)
     params = optax.apply_updates(state["params"], updates)
-    after = state | dict(params=params, optimizer=opt, step=state["step"] + 1)
+    rest = moved(state["rest"], sums)
+    after = state | dict(params=params, rest=rest, optimizer=opt, step=state["step"] + 1)
     return after, metrics | dict(squares=squares)
 
   places = jax.tree.map(lambda x: x.sharding, plan.state)

@@ -10,6 +10,7 @@ import specs
 from attnx.attention import AttentionSpec, attend, masks
 from attnx.core.tokens import Tokens
 from attnx.mechanisms.mixers.transformer_vq import TransformerVQ
+from attnx.nn.aside import Average, Loss
 
 B, T, D, N, K, H, V, R = 2, 13, 8, 4, 2, 6, 5, 4
 X = np.random.default_rng(0).normal(size=(B, T, D))
@@ -108,13 +109,14 @@ def test_a_codebook_of_the_keys_themselves_quantises_nothing():
 
 def test_who_looks_sees_quadratic_weights_and_what_the_codebook_learns_from():
   mixer, x = make(), jnp.asarray(X, jnp.float32)
-  _, seen = nnx.capture(mixer, nnx.Intermediate)(x)
+  _, seen, losses, moves = nnx.capture(mixer, nnx.Intermediate, Loss, Average)(x)
   seen = {name: value.get_value()[0] for name, value in seen.items()}
   v = jnp.repeat(mixer.values(x), N // K, 2)
   read = jnp.einsum("bnts,bsnv->btnv", seen["weights"], v)
   np.testing.assert_allclose(seen["heads"], read, rtol=1e-4, atol=1e-5)
   k, words = mixer.keys(x), mixer.codebook.codewords()
   far = jnp.square(k[:, :, :, None] - words).sum(-1)  # (B, T, K, R)
-  np.testing.assert_allclose(seen["commitment"], far.min(-1).sum(-1).mean(), rtol=1e-4)
+  expected = 1e-4 * far.min(-1).sum(-1).mean()
+  np.testing.assert_allclose(losses["commit"].get_value(), expected, rtol=1e-4)
   which = np.asarray(far.argmin(-1))[..., None] == np.arange(R)
-  np.testing.assert_array_equal(seen["codebook"].count, which.sum((0, 1)))
+  np.testing.assert_array_equal(moves["code_count"].get_value(), which.sum((0, 1)))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from attnx.core.registry import Entry
 from attnx.core.tokens import Tokens
+from attnx.nn.aside import Loss, aside
 from attnx.nn.combiner import Combiner, fits
 
 
@@ -31,6 +32,8 @@ class MixtureOfHeads(Combiner):
     num_heads: N = n_s + n_r.
     shared: n_s.
     active: k, how many routed heads a token listens to.
+    balance: factor of the balance loss that training adds for this layer. The paper's 0.01 is of
+      the mean over layers: 0.01 / depth.
     rngs: initialises the routers.
 
   Raises:
@@ -38,11 +41,23 @@ class MixtureOfHeads(Combiner):
       shape.
   """
 
-  def __init__(self, dim: int, num_heads: int, *, shared: int, active: int, rngs: nnx.Rngs):
+  learns_aside = True
+
+  def __init__(
+    self,
+    dim: int,
+    num_heads: int,
+    *,
+    shared: int,
+    active: int,
+    balance: float = 0.01,
+    rngs: nnx.Rngs,
+  ):
     routed = num_heads - shared
     if not (0 <= shared <= num_heads and 0 <= active <= routed and shared + active):
       raise ValueError(f"shared={shared} and active={active} do not choose some of {num_heads}")
     self.dim, self.shared, self.routed, self.active = dim, shared, routed, active
+    self.balance = balance
     router = lambda width: nnx.Linear(dim, width, use_bias=False, rngs=rngs)
     self.route: Any = router(routed) if active else None
     self.share = router(shared) if shared > 1 else None
@@ -67,11 +82,14 @@ class MixtureOfHeads(Combiner):
       shared, routed = a[..., :1] * shared, a[..., 1:] * routed
     return jnp.concatenate([shared, routed], axis=-1)
 
+  def aside(self, x, tokens):
+    aside(self, Loss, "balance", self.balance * self.balance_loss(x, tokens=tokens))
+
   def balance_loss(self, x: jax.Array, *, tokens: Tokens | None = None) -> jax.Array:
     """n_r sum_r P_r f_r: P_r is the mean of e_r over tokens, f_r the share that selected r.
 
-    Equals k where every routed head is selected and weighed alike; the paper adds 0.01 times its
-    mean over layers to the loss. Without routed heads it is 0. x (B, T, D), to a scalar.
+    Equals k where every routed head is selected and weighed alike; 0 without routed heads.
+    x (B, T, D), to a scalar.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if self.route is None:

@@ -102,7 +102,7 @@ class DifferentialAttention(Mixer):
     where = dict(context=context, tokens=tokens, context_tokens=context_tokens)
     return self.project(self.mix(x, v, **where, key=key), x)
 
-  def values(self, x: jax.Array) -> jax.Array:
+  def values(self, x: jax.Array, *, tokens: Tokens | None = None) -> jax.Array:
     """(B, S, D) to (B, S, K, 2 H)."""
     return self.value(x)
 

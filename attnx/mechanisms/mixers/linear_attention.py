@@ -89,7 +89,7 @@ class LinearAttention(RecurrentMixer):
       self.sow(nnx.Intermediate, "heads", heads)
     return self.out(heads)
 
-  def values(self, x):
+  def values(self, x, *, tokens=None):
     return self.value(x)
 
   def mix(self, x, values, *, context=None, tokens=None, context_tokens=None):

@@ -82,7 +82,7 @@ class Linformer(Mixer):
     where = dict(context=context, tokens=tokens, context_tokens=context_tokens)
     return self.out(self.mix(x, v, **where, key=key).astype(x.dtype))
 
-  def values(self, x):
+  def values(self, x, *, tokens=None):
     return self.value(x)
 
   def mix(self, x, values, *, context=None, tokens=None, context_tokens=None, key=None):

@@ -114,7 +114,7 @@ class Mega(Mixer):
     where = Tokens.of_length(x.shape[1]) if tokens is None else tokens
     return self._gated(x, self._read(q, k, self.values(x), where, where, key), gates)
 
-  def values(self, x):
+  def values(self, x, *, tokens=None):
     return jax.nn.silu(self.value(self._normed(x)))[:, :, None]
 
   def mix(self, x, values, *, context=None, tokens=None, context_tokens=None):

@@ -169,7 +169,7 @@ class MultiHeadLatentAttention(Mixer):
     shared = jnp.broadcast_to(shared_key, (*content.shape[:3], shared_key.shape[-1]))
     return jnp.concatenate([content, shared.astype(content.dtype)], axis=-1)
 
-  def values(self, x: jax.Array) -> jax.Array:
+  def values(self, x: jax.Array, *, tokens: Tokens | None = None) -> jax.Array:
     """W_n c: (B, S, D) to (B, S, N, V)."""
     return self.value(self.latent(x))
 

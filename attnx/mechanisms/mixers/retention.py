@@ -203,11 +203,7 @@ class Retention(RecurrentMixer):
     heads, past = self._recur(x, v, v, past, tokens)
     return self.out(self.norm(heads, self.gate(x))), past
 
-  def look(self, x, tokens):
-    super().look(x, tokens)
-    self.sow(nnx.Intermediate, "heads", self.mix(x, self.values(x), tokens=tokens))
-
-  def values(self, x):
+  def values(self, x, *, tokens=None):
     return self.value(x)
 
   def mix(self, x, values, *, context=None, tokens=None, context_tokens=None):

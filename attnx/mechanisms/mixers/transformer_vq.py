@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from attnx.core.registry import Entry
 from attnx.core.tokens import Tokens
-from attnx.nn.codebook import Average, Codebook
+from attnx.nn.aside import Average, Loss, aside
+from attnx.nn.codebook import Codebook
 from attnx.nn.linear import RMSNorm, linear
 from attnx.nn.mixer import Mixer, observed, refuse
 from attnx.nn.position import working_dtype
@@ -35,12 +36,10 @@ class TransformerVQ(Mixer):
   older is met by code, where keys have no gradient but values do: a key learns, straight through
   its codeword, from the queries that met it one by one.
 
-  The codebook is not trained by the loss. Of the keys of a batch, `batch_codebook` makes sums and
-  counts and `commitment_loss` the mean of |k - c_z|^2 over tokens, summed over heads. Training adds
-  1e-4 times the latter to its loss and, after the step, writes `codebook.moved(batch)` to
-  `code_sum` and `code_count`. A layer inside a model sows both, under `nnx.capture`, as
-  "commitment" and "codebook". The norm before the paper's unit is a block's to give, and dropout of
-  sinusoids is left out.
+  The codebook is not trained by the loss: sums and counts of the keys of a batch move it, as an
+  `nn.aside.Average`. Training adds `commitment` times the mean of |k - c_z|^2 over tokens, summed
+  over heads and layers, to its loss. The norm before the paper's unit is a block's to give, and
+  dropout of sinusoids is left out.
 
   (B, T, D) to (B, T, D) in the dtype of `x`; queries, keys, codes and means are float32. Documents
   packed in a row start with an empty past. arXiv:2309.16354.
@@ -54,12 +53,15 @@ class TransformerVQ(Mixer):
     num_codes: R.
     block: C.
     memory: M; None means C.
+    commitment: factor of the loss that draws keys to their codewords.
     base: of the sinusoids, whose slowest wave has a period of about 2 pi base tokens.
 
   Raises:
     ValueError: heads do not divide, D is odd, or a size is not positive.
     NotImplementedError: a `context` is given.
   """
+
+  learns_aside = True
 
   def __init__(
     self,
@@ -72,6 +74,7 @@ class TransformerVQ(Mixer):
     num_codes: int = 512,
     block: int = 512,
     memory: int | None = None,
+    commitment: float = 1e-4,
     base: float = 100_000.0,
     rngs: nnx.Rngs,
   ):
@@ -83,6 +86,7 @@ class TransformerVQ(Mixer):
       raise ValueError(f"num_kv_heads={K} must divide num_heads={N}, and that 2 dim={2 * dim}")
     V = 2 * dim // N if value_dim is None else value_dim
     self.block, self.memory, self.base, self.size = block, M, base, H**-0.25
+    self.commitment = commitment
     init = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
     options: dict[str, Any] = dict(rngs=rngs, kernel_init=init)
     self.query, self.key = linear(dim, (N, H), **options), linear(dim, (K, H), **options)
@@ -97,6 +101,7 @@ class TransformerVQ(Mixer):
   def __call__(self, x, *, context=None, tokens=None, context_tokens=None, key=None):
     del key  # nothing drops
     refuse(self, context=context, context_tokens=context_tokens)
+    self.aside(x, tokens)
     return self.project(self.mix(x, self.values(x), tokens=tokens), x)
 
   def mix(self, x, values, *, context=None, tokens=None, context_tokens=None):
@@ -106,8 +111,6 @@ class TransformerVQ(Mixer):
     if observed(self):
       self.sow(nnx.Intermediate, "weights", self.weights(x, tokens))
       self.sow(nnx.Intermediate, "heads", heads)
-      self.sow(nnx.Intermediate, "commitment", self.commitment_loss(x, tokens=tokens))
-      self.sow(nnx.Intermediate, "codebook", self.batch_codebook(x, tokens=tokens))
     return heads
 
   def init_cache(self, batch: int, length: int) -> Past:
@@ -123,13 +126,14 @@ class TransformerVQ(Mixer):
     """The codebook of keys."""
     return Codebook(self.code_sum[...], self.code_count[...])
 
-  def commitment_loss(self, x: jax.Array, *, tokens: Tokens | None = None) -> jax.Array:
-    """The mean over tokens of |k - c_z|^2 summed over key heads, a float32 scalar."""
-    return self.codebook.commitment(self.keys(x), place(x, tokens)[0] >= 0)
-
-  def batch_codebook(self, x: jax.Array, *, tokens: Tokens | None = None) -> Codebook:
-    """Sums and counts of the keys nearest to each codeword."""
-    return self.codebook.of(self.keys(x), place(x, tokens)[0] >= 0)
+  def aside(self, x: jax.Array, tokens: Tokens | None) -> None:
+    """Sows the commitment loss, and the sums and counts that move the codebook."""
+    if observed(self, Loss):
+      k, there = self.keys(x), place(x, tokens)[0] >= 0
+      batch = self.codebook.of(k, there)
+      aside(self, Loss, "commit", self.commitment * self.codebook.commitment(k, there))
+      aside(self, Average, "code_sum", batch.sum)
+      aside(self, Average, "code_count", batch.count)
 
   def weights(self, x: jax.Array, tokens: Tokens | None = None) -> jax.Array:
     """What a call multiplies values by, (B, N, T, T). Quadratic; for analysis."""
@@ -162,7 +166,7 @@ class TransformerVQ(Mixer):
     """k, not quantised: (B, S, D) to (B, S, K, H)."""
     return self.sized(self.key(x))
 
-  def values(self, x: jax.Array) -> jax.Array:
+  def values(self, x: jax.Array, *, tokens: Tokens | None = None) -> jax.Array:
     """v: (B, S, D) to (B, S, K, V)."""
     return jax.nn.silu(self.value(x))
 
