@@ -228,6 +228,26 @@ def test_tokens_must_fit_the_arrays():
     attend(*arguments(np.float32), q_tokens=np.arange(T))
 
 
+def test_arrays_by_place_must_reach_every_token():
+  q, k, v = arguments(np.float32)
+  said = r"a dense {} has shape \({}\); expected \(1 or 2, 1 or 4, 1 or 7, 1 or 11\)"
+  for shape in ((2, 4, 7, 10), (2, 4, 6, 11), (2, 3, 7, 11), (3, 1, 1, 11), (7, 11), (1, 1, 8, 11)):
+    words = ", ".join(map(str, shape))
+    causal_too = masks.Causal() & ~masks.Dense(np.ones(shape, bool))
+    with pytest.raises(ValueError, match=said.format("mask", words)):
+      attend(q, k, v, AttentionSpec(causal_too))
+    with pytest.raises(ValueError, match=said.format("bias", words)):
+      attend(q, k, v, AttentionSpec(transforms=(transforms.Add(np.zeros(shape)),)))
+  # Some of the rows and keys of larger arrays, as an implementation over devices has them.
+  bias = np.random.default_rng(0).normal(size=(1, 4, 20, 20)).astype(np.float32)
+  spec = AttentionSpec(transforms=(transforms.Add(bias),))
+  there = dict(q_tokens=Tokens.of_length(20)[5:12], k_tokens=Tokens.of_length(20)[9:])
+  part = AttentionSpec(transforms=(transforms.Add(bias[:, :, 5:12, 9:]),))
+  np.testing.assert_allclose(attend(q, k, v, spec, **there), attend(q, k, v, part), rtol=1e-5)
+  with pytest.raises(ValueError, match="a dense bias has shape"):
+    attend(q, k, v, part, **there)
+
+
 sizes = st.lists(st.integers(0, 3), min_size=0, max_size=5).map(tuple)
 dtypes = st.sampled_from([np.float32, np.int32, np.bool_, np.complex64])
 

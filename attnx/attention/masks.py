@@ -139,11 +139,17 @@ class Dense(Mask):
   def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
     return pick(self.visible, q, k)
 
+  @property
+  def by_place(self) -> tuple[str, jax.Array]:
+    """The array that is indexed by place, for `attend` to check."""
+    return "mask", self.visible
+
 
 def pick(array: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
   """The entries of a dense (#B, #N, #T, #S) array that belong to a tile of tokens."""
-  at = [q.batch, q.head, q.index, k.index]
-  return array[tuple(0 if size == 1 else i for size, i in zip(array.shape, at, strict=True))]
+  ids = [q.batch, q.head, q.index, k.index]
+  at = tuple(0 if size == 1 else i for size, i in zip(array.shape, ids, strict=True))
+  return jnp.asarray(array)[at]
 
 
 @struct.dataclass

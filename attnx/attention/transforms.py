@@ -64,6 +64,11 @@ class Add(Transform):
   def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
     return scores + pick(self.bias, q, k).astype(scores.dtype)
 
+  @property
+  def by_place(self) -> tuple[str, jax.Array]:
+    """The array that is indexed by place, for `attend` to check."""
+    return "bias", self.bias
+
 
 @struct.dataclass
 class Dropout(Transform):

@@ -44,7 +44,8 @@ def with_asides(
   """What a function of a model returns, the sum of the losses sown meanwhile, and of averages."""
   if not learns_aside(model):
     return function(model), jnp.zeros(()), {}
-  output, losses, averages = nnx.capture(function, Loss, Average)(nnx.clone(model))
+  captured: Any = nnx.capture(function, Loss, Average)(nnx.clone(model))
+  output, losses, averages = captured
   total = sum(map(jnp.sum, jax.tree.leaves(losses)), jnp.zeros(()))
   return output, total, {path: s[...] for path, s in nnx.to_flat_state(averages)}
 

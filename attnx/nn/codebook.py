@@ -12,9 +12,9 @@ from attnx.core import struct
 class Codebook:
   """R codewords a head: sums of the vectors that were nearest to each, and how many they were.
 
-  It is learned by moving averages (arXiv:1711.00937) of the sums that `of` makes of a batch. Vectors
-  learn through their codewords, straight through, and by a commitment loss
-  that pulls them there.
+  It is learned by moving averages (arXiv:1711.00937) of the sums that `of` makes of a batch.
+  Vectors learn through their codewords, straight through, and by a commitment loss that pulls
+  them there.
 
   Attributes:
     sum: (K, R, H).

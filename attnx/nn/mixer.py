@@ -86,8 +86,8 @@ class Mixer(nnx.Module):
   ) -> jax.Array:
     """Values (B, S, K, V) of any width V to heads (B, T, N, V): linear, with weights that x gives.
 
-    A call does this to `values(x, tokens=tokens)`, and then what it does to each token alone: norms, gates,
-    combiners, projections. Arguments as for a call.
+    A call does this to `values(x, tokens=tokens)`, and then what it does to each token alone:
+    norms, gates, combiners, projections. Arguments as for a call.
     """
     raise NotImplementedError(f"{type(self).__name__} does not declare 'linear_in_values'")
 

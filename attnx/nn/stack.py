@@ -68,8 +68,8 @@ class Stack(nnx.Module):
       )
     if (self.scan or self.remat) and observed(self, Loss) and learns_aside(self):
       raise NotImplementedError(
-        f"a block here learns aside of the gradient, which scan={self.scan} and remat={self.remat!r}"
-        " would lose; train it with scan=False and remat=None"
+        "a block here learns aside of the gradient, which a stack with"
+        f" scan={self.scan} and remat={self.remat!r} would lose; give scan=False and remat=None"
       )
 
     def run(x, i, block):

@@ -51,8 +51,9 @@ def learning(
 def updater(plan: Plan) -> Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]:
   """(state, batch) to the next state and metrics; the state is donated.
 
-  Metrics: `loss`, the mean in nats over what is scored, and what modules add to it; `learning_rate`; `grad_norm`; and
-  `squares`, the squared norm of each gradient, in the order of the leaves of the parameters.
+  Metrics: `loss`, the mean in nats over what is scored, with what modules add to it;
+  `learning_rate`; `grad_norm`; and `squares`, the squared norm of each gradient, in the order of
+  the leaves of the parameters.
   """
   parts = plan.config["accumulate"]
 
