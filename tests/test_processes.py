@@ -61,7 +61,7 @@ def test_a_signal_to_one_of_two_processes_saves_and_ends_both_and_one_goes_on(al
   with ended(*processes):
     while not steps(tmp_path) and processes[0].poll() is None:
       time.sleep(0.002)
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(signal.SIGINT)  # which becomes a SIGTERM that both know of
     told = [process.communicate(timeout=150)[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], told
   stopped = steps(tmp_path)[-1]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import contextlib
 import json
 import pathlib
+import signal
 from typing import Any
 
 from flax import nnx
@@ -63,7 +64,7 @@ def train(
     for step in range(begin + 1, steps + 1):
       state, metrics = update(state, rules.place(next(batches), plan.mesh))
       watch.add(step, metrics)
-      signal = asked_to_stop(step, interrupted)
+      stopping = asked_to_stop(step, interrupted)
       last = step == steps
 
       if step % console.every == 0 or last:
@@ -72,14 +73,14 @@ def train(
         watch.show_evaluation(held_out[0], evaluate(state, held_out[0]))
       if checkpoints is not None:
         checkpoints.check()
-        if step % checkpoints.every == 0 or last or signal:
+        if step % checkpoints.every == 0 or last or stopping:
           watch.settle()  # what is saved is known to be finite
           here = dict(data=everyone(batches.get_state()), seconds=watch.seconds())
           checkpoints.save(step, named(state), here)
       if profile:
-        trace(step - begin, workdir, last or signal is not None)
-      if signal:
-        leave(step, signal, checkpoints)
+        trace(step - begin, workdir, last or stopping is not None)
+      if stopping:
+        leave(step, stopping, checkpoints)
 
     if checkpoints is not None:
       checkpoints.wait()
@@ -125,20 +126,22 @@ def everyone(local: Any) -> list[Any]:
 
 
 def asked_to_stop(step: int, interrupted: Callable[[], str | None]) -> str | None:
-  """The signal after which to stop; several processes agree on the step."""
+  """The signal after which to stop; several processes agree on the step, as of SIGTERM."""
   if jax.process_count() > 1:
+    if interrupted() == "SIGINT":
+      signal.raise_signal(signal.SIGTERM)  # which JAX tells the other processes
     return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
   return interrupted()
 
 
-def leave(step: int, signal: str, checkpoints: Checkpoints | None) -> None:
+def leave(step: int, stopping: str, checkpoints: Checkpoints | None) -> None:
   """Ends the run at the user's wish."""
   if checkpoints is None:
-    raise Stopped(f"stopped by {signal} at step {step}; without a workdir nothing is kept")
+    raise Stopped(f"stopped by {stopping} at step {step}; without a workdir nothing is kept")
   checkpoints.wait()
   raise Stopped(
-    f"stopped by {signal} at step {step}, which is saved; the same command goes on from there",
-    code=0 if signal == "SIGTERM" else 130,
+    f"stopped by {stopping} at step {step}, which is saved; the same command goes on from there",
+    code=0 if stopping == "SIGTERM" else 130,
   )
 
 
