@@ -55,3 +55,28 @@ class Softmax(Normaliser):
 
   def finish(self, p):
     return p.out / jnp.where(p.mass > 0, p.mass, 1.0)[..., None]
+
+
+class Projection(Normaliser):
+  """project(slope * (s - max s)): whole rows to weights that sum to one, many of them exactly zero.
+
+  A subclass gives `slope` and `project`.
+  """
+
+  needs: ClassVar[frozenset[str]] = frozenset({"row"})
+  slope: ClassVar[float] = 1.0
+
+  @staticmethod
+  def project(z: jax.Array) -> jax.Array:
+    """Weights of the last axis, whose maximum is zero; -2 stands for whatever is further below."""
+    raise NotImplementedError
+
+  def weigh(self, scores: jax.Array, visible: jax.Array, peak: jax.Array) -> jax.Array:
+    del peak
+    best = jnp.where(visible, scores, -jnp.inf).max(-1, keepdims=True)
+    best = jax.lax.stop_gradient(jnp.where(jnp.isneginf(best), 0.0, best))
+    below = jnp.maximum(self.slope * (scores - best), -2.0)
+    return jnp.where(visible, self.project(jnp.where(visible, below, -2.0)), 0.0)
+
+  def finish(self, p: Partial) -> jax.Array:
+    return p.out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,3 +84,68 @@ class Rotary(Position):
     frequency, dtype = self.frequencies(self.width(x.shape[-1])), working_dtype(x)
     turned = rotate(x.astype(dtype), angles(position, frequency, dtype))
     return (turned * self.gain).astype(x.dtype)
+
+
+class Stretched(Rotary):
+  """Pairs turn more slowly, so that texts may be `factor` times longer than in training.
+
+  Args:
+    factor: how many times longer the context is than in training; at least 1.
+    base, rotary_dim, gain: see `Rotary`.
+  """
+
+  def __init__(
+    self,
+    factor: float,
+    *,
+    base: float = 10_000.0,
+    rotary_dim: int | None = None,
+    gain: float = 1.0,
+  ):
+    if factor < 1:
+      raise ValueError(f"factor={factor} must be at least 1: it says how much longer texts become")
+    super().__init__(base=base, rotary_dim=rotary_dim, gain=gain)
+    self.factor = factor
+
+
+class ByParts(Stretched):
+  """w'_j = (1 - g_j) w_j / factor + g_j w_j; a subclass says which share g_j of a pair is kept.
+
+  Pairs that turn often in the context of training are kept as they are, and pairs that never
+  complete a turn are interpolated. Queries and keys are multiplied by 0.1 ln(factor) + 1, so that
+  all of q k^T, passed-through channels included, has the temperature of arXiv:2309.00071.
+
+  Args:
+    factor: how many times longer the context is than in training; at least 1.
+    original_length: context length of training.
+    slow, fast: turns within `original_length` below which a pair is interpolated, and above which
+      it is left alone; alpha and beta of the paper.
+    base, rotary_dim: see `Rotary`.
+
+  Raises:
+    ValueError: `factor` is below 1, or `fast` is not above `slow`.
+  """
+
+  def __init__(
+    self,
+    factor: float,
+    original_length: int,
+    *,
+    slow: float = 1.0,
+    fast: float = 32.0,
+    base: float = 10_000.0,
+    rotary_dim: int | None = None,
+  ):
+    if fast <= slow:
+      raise ValueError(f"fast={fast} turns must be more than slow={slow}")
+    gain = 0.1 * math.log(max(factor, 1)) + 1
+    super().__init__(factor, base=base, rotary_dim=rotary_dim, gain=gain)
+    self.original_length, self.slow, self.fast = original_length, slow, fast
+
+  def kept(self, width: int) -> np.ndarray:
+    """g, (R/2,) in [0, 1]."""
+    raise NotImplementedError(f"{type(self).__name__} does not say what it keeps")
+
+  def frequencies(self, width):
+    w, kept = frequencies(width, self.base), self.kept(width)
+    return (1 - kept) * w / self.factor + kept * w

@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 
-from attnx.attention.normalisers import Normaliser
-from attnx.attention.partial import Partial
+from attnx.attention.normalisers import Projection
 from attnx.core import struct
 from attnx.core.registry import Entry
-
-
-@struct.dataclass
-class Entmax15(Normaliser):
-  """max(0, s_j / 2 - tau)^2, with tau such that the weights of the row sum to one.
-
-  Keys more than 2 below the best get exactly zero. The threshold comes from one sort of the whole
-  row, and derivatives of any order from the closed form (arXiv:1905.05702).
-  """
-
-  needs: ClassVar[frozenset[str]] = frozenset({"row"})
-
-  def weigh(self, scores: jax.Array, visible: jax.Array, peak: jax.Array) -> jax.Array:
-    del peak
-    best = jnp.where(visible, scores, -jnp.inf).max(-1, keepdims=True)
-    best = jax.lax.stop_gradient(jnp.where(jnp.isneginf(best), 0.0, best))
-    weights = project(jnp.where(visible, jnp.maximum((scores - best) / 2, -2.0), -2.0))
-    return jnp.where(visible, weights, 0.0)
-
-  def finish(self, p: Partial) -> jax.Array:
-    return p.out
 
 
 @jax.custom_jvp
@@ -56,6 +32,18 @@ def _project_jvp(primals, tangents):
   g = jnp.where(weights > 0, jnp.sqrt(jnp.where(weights > 0, weights, 1.0)), 0.0)
   mean = (g * dz).sum(-1, keepdims=True) / g.sum(-1, keepdims=True)
   return weights, 2 * g * (dz - mean)
+
+
+@struct.dataclass
+class Entmax15(Projection):
+  """max(0, s_j / 2 - tau)^2, with tau such that the weights of the row sum to one.
+
+  Keys more than 2 below the best get exactly zero. The threshold comes from one sort of the whole
+  row, and derivatives of any order from the closed form (arXiv:1905.05702).
+  """
+
+  slope = 0.5
+  project = staticmethod(project)
 
 
 ENTRY = Entry(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from attnx.core.registry import Entry
-from attnx.nn.rotary import Rotary, frequencies
+from attnx.nn.rotary import Stretched, frequencies
 
 
-class RopeLinear(Rotary):
+class RopeLinear(Stretched):
   """w_j = base^(-2j / R) / factor: rotary embedding at position n / factor.
 
   Serves `factor` times the context of training after a little tuning. arXiv:2306.15595.
@@ -18,14 +18,6 @@ class RopeLinear(Rotary):
   Raises:
     ValueError: `factor` is below 1, or `rotary_dim` is odd or wider than the head.
   """
-
-  def __init__(
-    self, factor: float, *, base: float = 10_000.0, rotary_dim: int | None = None
-  ):
-    if factor < 1:
-      raise ValueError(f"factor={factor} must be at least 1: it says how much longer texts become")
-    super().__init__(base=base, rotary_dim=rotary_dim)
-    self.factor = factor
 
   def frequencies(self, width):
     return frequencies(width, self.base) / self.factor

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from attnx.core.registry import Entry
-from attnx.nn.rotary import Rotary, frequencies
+from attnx.nn.rotary import Stretched, frequencies
 
 
-class RopeNTK(Rotary):
+class RopeNTK(Stretched):
   """w_j = (base factor^(R / (R - 2)))^(-2j / R).
 
   The fastest pair keeps its frequency and the slowest is slowed down by exactly `factor`. The
@@ -22,14 +22,6 @@ class RopeNTK(Rotary):
   Raises:
     ValueError: `factor` is below 1, or `rotary_dim` is odd or wider than the head.
   """
-
-  def __init__(
-    self, factor: float, *, base: float = 10_000.0, rotary_dim: int | None = None
-  ):
-    if factor < 1:
-      raise ValueError(f"factor={factor} must be at least 1: it says how much longer texts become")
-    super().__init__(base=base, rotary_dim=rotary_dim)
-    self.factor = factor
 
   def frequencies(self, width):
     slowest = max(width // 2 - 1, 1)  # a single pair is the fastest one, and stays
