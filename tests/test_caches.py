@@ -263,6 +263,23 @@ def test_sizes_below_the_least_are_refused(name):
     registry.build("caches", dict(wrong, name=name)).empty(B, 0, K, 4, 4)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_implementation_is_used_or_refused(name):
+  x, found = inputs(), set()
+  for implementation in ("auto", "reference", "chunked"):
+    kind = dict(name="attention", num_heads=N, mask=mask_of(name), cache=config(name))
+    mixer = registry.build(
+      "mixers", dict(kind, implementation=implementation), dim=D, rngs=nnx.Rngs(0)
+    )
+    program = lambda: str(jax.make_jaxpr(mixer.step)(x, mixer.init_cache(B, T)))
+    if name == "heavy_hitter" and implementation == "chunked":
+      with pytest.raises(NotImplementedError, match="'chunked' shows no weights.*'reference'"):
+        program()
+    else:
+      found.add(program())
+  assert len(found) == (1 if name == "heavy_hitter" else 2)
+
+
 def test_mixers_that_store_other_things_refuse_caches_that_choose():
   options = dict(name="mla", num_heads=2, kv_rank=4, head_dim=4, rope_dim=2, value_dim=4)
   for name in NAMES:

@@ -55,7 +55,11 @@ class HeavyHitterCache(Evicting):
     return View(self.key, self.value, where)
 
   def take(self, q, k, v, tokens, *, spec, position, implementation):
-    del implementation  # weights are wanted, which only the dense one shows
+    if implementation not in ("auto", "reference"):
+      raise NotImplementedError(
+        f"implementation={implementation!r} shows no weights, which a heavy hitter is chosen by;"
+        " give 'auto' or 'reference'"
+      )
     q, k = position.query(q, tokens.position), position.key(k, tokens.position)
     view = self.joined(k, v, tokens)
     columns = jax.tree.map(lambda x: jnp.repeat(x, q.shape[2] // k.shape[2], axis=1), view.tokens)
