@@ -1,5 +1,7 @@
 """Building by name: the user must fit the entry, the surroundings are taken if wanted."""
 
+import pathlib
+
 import hypothesis
 from hypothesis import strategies as st
 import pytest
@@ -22,6 +24,13 @@ def test_every_entry_says_where_it_comes_from():
   for interface in INTERFACES:
     for name in registry.names(interface):
       assert registry.get(interface, name).paper, f"{interface}.{name}"
+
+
+def test_every_entry_has_a_test_of_its_own():
+  tests = pathlib.Path(__file__).parent
+  names = {name for interface in INTERFACES for name in registry.names(interface)}
+  found = {path.stem.removeprefix("test_") for path in tests.glob("**/test_*.py")}
+  assert not names - found
 
 
 def test_a_near_name_is_suggested():

@@ -11,6 +11,7 @@ from specs import (
 )  # fmt: skip
 
 from attnx.attention import AttentionSpec, attend, chunked, masks, reference
+from attnx.attention.transforms import parted
 from attnx.core import registry
 from attnx.core.tokens import Tokens
 
@@ -19,7 +20,8 @@ CAUSAL = masks.Causal() & registry.build("masks", "same_segment")
 
 
 def spec(name: str, mask: masks.Mask = CAUSAL) -> AttentionSpec:
-  return AttentionSpec(mask=mask, transforms=(instance("transforms", name),))
+  alone, readouts = parted([instance("transforms", name)])
+  return AttentionSpec(mask=mask, transforms=alone, readouts=readouts)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ from flax import nnx
 import jax
 
 from attnx.attention import AttentionSpec, attend, reference
-from attnx.attention.transforms import Dropout
+from attnx.attention.transforms import Dropout, parted
 from attnx.core import registry
 from attnx.core.tokens import Tokens
 from attnx.nn.aside import Loss
@@ -158,13 +158,13 @@ def build_spec(build, mask, transforms, normaliser, edits, scale) -> AttentionSp
 
   Of several masks in a list, all must allow a pair: ("causal", "same_segment").
   """
-  built = tuple(build("transforms", transform) for transform in transforms)
+  alone, readouts = parted(build("transforms", transform) for transform in transforms)
   return AttentionSpec(
     mask=functools.reduce(operator.and_, (build("masks", m) for m in several(mask))),
-    transforms=built,
+    transforms=alone,
     normaliser=build("normalisers", normaliser),
     edits=tuple(build("edits", edit) for edit in edits),
-    readouts=tuple(t.readout for t in built if getattr(t, "readout", None) is not None),
+    readouts=readouts,
     scale=scale,
   )
 

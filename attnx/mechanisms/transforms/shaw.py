@@ -15,29 +15,6 @@ from attnx.core.tokens import Tokens
 
 
 @struct.dataclass
-class RelativeKeys(Transform):
-  """s + scale <q, keys[clip(position_k - position_q, -R, R) + R]>.
-
-  A query meets its 2 R + 1 vectors once, in `table`; pairs only gather, so that memory is O(T R)
-  and not O(T S H) (arXiv:1803.02155).
-
-  Attributes:
-    keys: (2 R + 1, H), float32, shared by all heads.
-  """
-
-  needs: ClassVar[frozenset[str]] = frozenset({"parameters"})
-
-  keys: jax.Array
-
-  def table(self, query: jax.Array) -> jax.Array:
-    return jnp.einsum("btnh,rh->btnr", query, jnp.asarray(self.keys).astype(query.dtype))
-
-  def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
-    relation = jnp.broadcast_to(_relation(q, k, self.keys.shape[0]), scores.shape)
-    return scores + jnp.take_along_axis(jnp.asarray(q.table), relation, axis=-1)
-
-
-@struct.dataclass
 class RelativeValues(Readout):
   """sum_j w_j values[clip(position_j - position_q, -R, R) + R], by the weight of each distance.
 
@@ -58,37 +35,62 @@ class RelativeValues(Readout):
     return jnp.einsum("bntr,rv->bntv", mass, jnp.asarray(self.values).astype(weights.dtype))
 
 
+@struct.dataclass
+class RelativeKeys(Transform):
+  """s + scale <q, keys[clip(position_k - position_q, -R, R) + R]>.
+
+  A query meets its 2 R + 1 vectors once, in `table`; pairs only gather, so that memory is O(T R)
+  and not O(T S H) (arXiv:1803.02155).
+
+  Attributes:
+    keys: (2 R + 1, H), float32, shared by all heads.
+    readout: the relative values that belong to them; None for none.
+  """
+
+  needs: ClassVar[frozenset[str]] = frozenset({"parameters"})
+
+  keys: jax.Array
+  readout: RelativeValues | None = None
+
+  def table(self, query: jax.Array) -> jax.Array:
+    return jnp.einsum("btnh,rh->btnr", query, jnp.asarray(self.keys).astype(query.dtype))
+
+  def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
+    relation = jnp.broadcast_to(_relation(q, k, self.keys.shape[0]), scores.shape)
+    return scores + jnp.take_along_axis(jnp.asarray(q.table), relation, axis=-1)
+
+
 def _relation(q: Tokens, k: Tokens, size: int) -> jax.Array:
   """Which of the `size` vectors belongs to each pair."""
   reach = size // 2
   return jnp.clip(k.position - q.position, -reach, reach) + reach
 
 
-def shaw(head_dim: int, max_distance: int = 16, *, rngs: nnx.Rngs) -> RelativeKeys:
-  """`RelativeKeys` of R = `max_distance`; for relative values too, see `keys_and_values`."""
-  return RelativeKeys(_glorot(head_dim, max_distance, rngs))
-
-
-def keys_and_values(
-  head_dim: int, value_dim: int | None = None, max_distance: int = 16, *, rngs: nnx.Rngs
-) -> tuple[RelativeKeys, RelativeValues]:
-  """The transform and the readout of the whole paper, which share no parameters.
+def shaw(
+  head_dim: int,
+  max_distance: int = 16,
+  value_dim: int | None = None,
+  *,
+  values: bool = True,
+  rngs: nnx.Rngs,
+) -> RelativeKeys:
+  """`RelativeKeys` that bring their `RelativeValues` along, as in the paper.
 
   Args:
     head_dim: H.
-    value_dim: V, by default H.
     max_distance: R, from which on distances are one.
+    value_dim: V; None means H.
+    values: whether there are relative values too; the paper does as well without.
     rngs: source of the Glorot-uniform initial values.
   """
+  if max_distance < 0:
+    raise ValueError(f"max_distance={max_distance} must not be negative")
+  draw = lambda width: jax.nn.initializers.glorot_uniform()(
+    rngs.params(), (2 * max_distance + 1, width)
+  )
+  keys = draw(head_dim)
   width = head_dim if value_dim is None else value_dim
-  keys, values = (_glorot(d, max_distance, rngs) for d in (head_dim, width))
-  return RelativeKeys(keys), RelativeValues(values)
-
-
-def _glorot(width: int, reach: int, rngs: nnx.Rngs) -> jax.Array:
-  if reach < 0:
-    raise ValueError(f"max_distance={reach} must not be negative")
-  return jax.nn.initializers.glorot_uniform()(rngs.params(), (2 * reach + 1, width))
+  return RelativeKeys(keys, RelativeValues(draw(width)) if values else None)
 
 
 ENTRY = Entry(
