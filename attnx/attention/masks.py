@@ -54,9 +54,7 @@ class Mask:
   """Decides which pairs may meet.
 
   `__call__` answers for tokens, `block` answers for tiles. `block` may always answer PARTIAL; when
-  it answers EMPTY or FULL it must agree with `__call__` on every pair of the tile. A fact:
-
-    causal: in one document at positions 0, 1, .. no query meets a later key.
+  it answers EMPTY or FULL it must agree with `__call__` on every pair of the tile.
   """
 
   needs: ClassVar[frozenset[str]] = frozenset()

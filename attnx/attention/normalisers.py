@@ -15,11 +15,7 @@ class Normaliser:
   """Turns scores into weights in two moves, so that the keys of a row may arrive in pieces.
 
   `weigh` sees some keys of a row, `finish` sees the merged sums. A normaliser that must see the
-  whole row at once (top-k, entmax) says `needs = {"row"}` and is never given less. Facts:
-
-    nonnegative: no weight is below zero.
-    sums_to_one: the weights of a row that sees a key do.
-    shift_invariant: adding a number to all scores of a row changes nothing.
+  whole row at once (top-k, entmax) says `needs = {"row"}` and is never given less.
   """
 
   needs: ClassVar[frozenset[str]] = frozenset()

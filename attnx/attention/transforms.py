@@ -15,11 +15,7 @@ from attnx.core.tokens import Tokens
 
 
 class Transform:
-  """Maps scores (B, N, T, S) to scores of the same shape; as an edit, weights to weights. Facts:
-
-    relative: of a transform: moving queries and keys by the same distance changes nothing.
-    unbiased: of an edit that draws: the mean over its keys is the weight itself.
-  """
+  """Maps scores (B, N, T, S) to scores of the same shape; as an edit, weights to weights."""
 
   needs: ClassVar[frozenset[str]] = frozenset()
 

@@ -27,11 +27,7 @@ class Cache:
   """What decoding keeps of the keys and values that it has seen: a pytree of arrays.
 
   A cache either defines `append`, and is attended to like any keys, or has an `attend` of its own.
-  The tokens of a row come in the order of their positions. Facts:
-
-    exact: decoding gives what one call gives, under any mask.
-    masked:<name>: it gives what one call gives under the mask of that name.
-    constant_state, linear_state: as for mixers.
+  The tokens of a row come in the order of their positions.
 
   Attributes:
     seen: (B,) int32, the position after the last token of each row.
