@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnx.analysis.observe import observe
 from attnx.core import registry
 from attnx.core.tokens import Tokens
 from attnx.nn.implicit import implicit_attention
@@ -234,6 +235,10 @@ def test_the_implicit_matrix_times_the_values_is_what_is_mixed(name, pattern):
   np.testing.assert_allclose(
     jnp.einsum("bnts,bsnv->btnv", matrix, repeated), heads, rtol=1e-3, atol=1e-4
   )
+  seen = jax.jit(lambda x: observe(mixer, x, **where)[1])(x)
+  if name != "rg_lru":  # of which there would be a map for each of D channels
+    np.testing.assert_allclose(seen["weights"], matrix, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(seen["heads"], heads, rtol=1e-3, atol=1e-4)
   later = np.abs(matrix[..., np.triu(np.ones(matrix.shape[2:], bool), 1)])
   rounding = 1e-6 * np.abs(matrix).max() if transforms(name, pattern) else 0.0
   assert (later.max() <= rounding) == ("noncausal" not in pattern)

@@ -74,7 +74,8 @@ def heads(
     bar = fig.colorbar(image, ax=grid, shrink=share, aspect=share * height / 0.12, pad=0.01)
     bar.set_label("weight / largest |weight| of its row", fontsize=7)
     bar.ax.tick_params(labelsize=7)
-  fig.suptitle(title, fontsize=10, parse_math=False)
+  words = textwrap.fill(title, int(11 * fig.get_figwidth()))
+  fig.suptitle(words, fontsize=10, parse_math=False)
   save(fig, path)
 
 
@@ -84,7 +85,8 @@ def draw(ax, x: np.ndarray, signed: bool):
   if signed:
     norm = colors.SymLogNorm(10 * FAINTEST, vmin=-1, vmax=1)
   palette = mpl.colormaps["RdBu_r" if signed else "viridis"].with_extremes(bad="#d9d9d9")
-  style = dict(norm=norm, cmap=palette, interpolation="nearest", aspect="auto")
+  style = dict(norm=norm, cmap=palette, interpolation="nearest")
+  style["aspect"] = "equal" if x.shape[0] == x.shape[1] else "auto"
   return ax.imshow(np.ma.masked_equal(x, 0), **style)
 
 

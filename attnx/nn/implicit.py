@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from attnx.core.tokens import Tokens
-from attnx.nn.mixer import Mixer
+from attnx.nn.mixer import Mixer, observed
 
 
 def implicit_attention(
@@ -48,3 +51,13 @@ def implicit_attention(
     return heads[..., 0]
 
   return jnp.transpose(jax.lax.map(column, jnp.arange(source.shape[1])), (1, 3, 2, 0))
+
+
+def look(mixer: Mixer, x: jax.Array, *, context: jax.Array | None = None, **where: Any) -> None:
+  """Sows the matrix that a mixer is as "weights" and what it reads as "heads", if observed."""
+  if observed(mixer):
+    source, tokens = (x, "tokens") if context is None else (context, "context_tokens")
+    values = mixer.values(source, tokens=where.get(tokens))
+    where["context"] = context
+    mixer.sow(nnx.Intermediate, "weights", implicit_attention(mixer, x, **where))
+    mixer.sow(nnx.Intermediate, "heads", mixer.mix(x, values, **where))

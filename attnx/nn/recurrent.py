@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from flax import nnx
 import jax
 import jax.numpy as jnp
 
 from attnx.core import struct
 from attnx.core.tokens import Tokens
-from attnx.nn.implicit import implicit_attention
+from attnx.nn.implicit import look
 from attnx.nn.mixer import Mixer, observed, refuse
 
 Past = Any  # a pytree of arrays (B, ...)
@@ -75,9 +74,7 @@ class RecurrentMixer(Mixer):
 
   def look(self, x: jax.Array, tokens: Tokens | None) -> None:
     """Sows what is worth looking at in a call on `x`: the matrix that the mixer is, and heads."""
-    values = self.values(x, tokens=tokens)
-    self.sow(nnx.Intermediate, "weights", implicit_attention(self, x, tokens=tokens))
-    self.sow(nnx.Intermediate, "heads", self.mix(x, values, tokens=tokens))
+    look(self, x, tokens=tokens)
 
   def __call__(self, x, *, context=None, tokens=None, context_tokens=None, key=None):
     del key  # nothing drops

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from attnx.core import struct
 from attnx.core.tokens import Tokens
+from attnx.nn.implicit import look
 from attnx.nn.linear import linear
 from attnx.nn.mixer import Mixer, refuse
 from attnx.nn.position import working_dtype
@@ -100,6 +101,7 @@ class TapMixer(Mixer):
 
   def __call__(self, x, *, context=None, tokens=None, context_tokens=None, key=None):
     refuse(self, context=context, context_tokens=context_tokens)
+    look(self, x, tokens=tokens)
     v = self.values(x)
     return self._project(self._whole(v, v, tokens, key))
 

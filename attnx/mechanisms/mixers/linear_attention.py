@@ -13,9 +13,8 @@ from attnx.core.registry import Entry
 from attnx.core.tokens import Tokens
 from attnx.nn.attention import sides, width_of_heads
 from attnx.nn.conv import exists
-from attnx.nn.implicit import implicit_attention
+from attnx.nn.implicit import look
 from attnx.nn.linear import linear
-from attnx.nn.mixer import observed
 from attnx.nn.position import Position, working_dtype
 from attnx.nn.recurrent import RecurrentMixer
 from attnx.recurrence.linear import linear_attention
@@ -83,11 +82,8 @@ class LinearAttention(RecurrentMixer):
   def __call__(self, x, *, context=None, tokens=None, context_tokens=None, key=None):
     del key  # nothing drops
     where = dict(context=context, tokens=tokens, context_tokens=context_tokens)
-    heads = self.mix(x, self.values(x if context is None else context), **where)
-    if observed(self):
-      self.sow(nnx.Intermediate, "weights", implicit_attention(self, x, **where))
-      self.sow(nnx.Intermediate, "heads", heads)
-    return self.out(heads)
+    look(self, x, **where)
+    return self.out(self.mix(x, self.values(x if context is None else context), **where))
 
   def values(self, x, *, tokens=None):
     return self.value(x)

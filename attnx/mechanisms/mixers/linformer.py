@@ -13,6 +13,7 @@ from attnx.attention import AttentionSpec, attend
 from attnx.core.registry import Entry
 from attnx.core.tokens import Tokens
 from attnx.nn.attention import dropping
+from attnx.nn.implicit import look
 from attnx.nn.linear import linear
 from attnx.nn.mixer import Mixer, refuse
 
@@ -80,6 +81,7 @@ class Linformer(Mixer):
   def __call__(self, x, *, context=None, tokens=None, context_tokens=None, key=None):
     v = self.values(x if context is None else context)
     where = dict(context=context, tokens=tokens, context_tokens=context_tokens)
+    look(self, x, **where)
     return self.out(self.mix(x, v, **where, key=key).astype(x.dtype))
 
   def values(self, x, *, tokens=None):
