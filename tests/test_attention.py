@@ -228,6 +228,14 @@ def test_tokens_must_fit_the_arrays():
     attend(*arguments(np.float32), q_tokens=np.arange(T))
 
 
+def test_needs_that_are_none_are_named():
+  class Misspelt(transforms.SoftCap):
+    needs = frozenset({"rows"})
+
+  with pytest.raises(ValueError, match=r"needs=\['rows'\] must be some of heads, row, index"):
+    attend(*arguments(np.float32), AttentionSpec(transforms=(Misspelt(),)))
+
+
 def test_arrays_by_place_must_reach_every_token():
   q, k, v = arguments(np.float32)
   said = r"a dense {} has shape \({}\); expected \(1 or 2, 1 or 4, 1 or 7, 1 or 11\)"

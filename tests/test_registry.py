@@ -4,7 +4,9 @@ import pathlib
 
 import hypothesis
 from hypothesis import strategies as st
+import jax
 import pytest
+import specs
 
 from attnx.core import registry
 
@@ -12,6 +14,20 @@ INTERFACES = [
   "masks", "transforms", "normalisers", "edits", "positions", "features", "combiners", "mixers",
   "caches", "analyses",
 ]  # fmt: skip
+FACTS = {  # what each word means stands in the base class or in the `__init__.py` of the folder
+  "masks": ["causal"],
+  "transforms": ["relative"],
+  "normalisers": ["nonnegative", "sums_to_one", "shift_invariant"],
+  "edits": ["unbiased"],
+  "positions": ["additive", "identity_at_zero", "keeps_norm", "relative"],
+  "features": ["exponential", "nonnegative"],
+  "combiners": ["balanced", "identity"],
+  "mixers": [
+    "any_length", "constant_state", "linear_in_values", "linear_state", "packed", "streaming",
+  ],
+  "caches": ["constant_state", "exact", "masked"],
+  "analyses": ["by_example", "by_head", "by_layer"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("interface", INTERFACES)
@@ -24,6 +40,40 @@ def test_every_entry_says_where_it_comes_from():
   for interface in INTERFACES:
     for name in registry.names(interface):
       assert registry.get(interface, name).paper, f"{interface}.{name}"
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+def test_facts_are_words_that_a_contract_knows(interface):
+  for name in registry.names(interface):
+    entry = registry.get(interface, name)
+    unknown = {fact.split(":")[0] for fact in entry.facts} - set(FACTS[interface])
+    near = [registry.suggestion(fact, FACTS[interface]) for fact in unknown]
+    assert not unknown, f"{interface}.{name} declares {unknown}; {near}"
+    assert bool(entry.patterns) == (interface == "mixers"), f"{interface}.{name}.patterns"
+
+
+@pytest.mark.parametrize("interface", ["masks", "transforms", "normalisers", "edits"])
+def test_arrays_with_gradients_are_declared_as_parameters(interface):
+  for name in registry.names(interface):
+    part = specs.instance(interface, name)
+    learned = any(map(specs.floating, jax.tree.leaves(part)))
+    assert ("parameters" in part.needs) == learned, f"{interface}.{name}"
+
+
+@pytest.mark.parametrize("given, words", [
+  (dict(facts="causal"), "facts='causal' must be a set"),
+  (dict(patterns={"causal_self"}), "patterns={'causal_self'} must be a mapping of causal_self"),
+  (dict(patterns={"causal": {}}), "must be a mapping of causal_self, noncausal_self"),
+])  # fmt: skip
+def test_an_entry_that_is_none_is_refused(given, words):
+  with pytest.raises(TypeError, match=words):
+    registry.Entry(make=dict, paper="", **given)
+
+
+def test_a_file_without_an_entry_is_named(monkeypatch):
+  monkeypatch.delattr("attnx.mechanisms.masks.causal.ENTRY")
+  with pytest.raises(TypeError, match="masks.causal must end with ENTRY = Entry"):
+    registry.get("masks", "causal")
 
 
 def test_every_entry_has_a_test_of_its_own():

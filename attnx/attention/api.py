@@ -167,10 +167,10 @@ def check(q, k, v, spec, q_tokens: Tokens | None = None, k_tokens: Tokens | None
       if shape not in ((1, length), (B, length)):
         expected = f"(1, {length}) or ({B}, {length})"
         raise ValueError(f"{name}.{field} has shape {shape}; expected {expected}")
-  sizes = ((B,), (N,), places(q_tokens, T), places(k_tokens, S))
   has_array = lambda part: hasattr(part, "by_place")
   for part in filter(has_array, jax.tree.leaves(spec, is_leaf=has_array)):
     name, array = part.by_place
+    sizes = ((B,), (N,), places(q_tokens, T), places(k_tokens, S))
     if len(array.shape) != 4 or any(n != 1 and n not in m for n, m in zip(array.shape, sizes)):
       expected = f"(1 or {B}, 1 or {N}, 1 or {T}, 1 or {S})"  # a gather would not complain
       raise ValueError(f"a dense {name} has shape {array.shape}; expected {expected}")
@@ -181,4 +181,4 @@ def places(tokens: Tokens | None, length: int) -> range:
   if tokens is None:
     return range(length, length + 1)
   traced = isinstance(tokens.index, jax.core.Tracer)
-  return range(length if traced else int(np.max(tokens.index)) + 1, sys.maxsize)
+  return range(length if traced else int(np.asarray(tokens.index).max()) + 1, sys.maxsize)

@@ -75,8 +75,10 @@ class AttentionSpec:
   def needs(self) -> frozenset[str]:
     """What an implementation must offer beyond streaming over tiles of keys."""
     mods: tuple[Any, ...] = (*self.transforms, *self.edits, *self.readouts)
-    needs = self.mask.needs | self.normaliser.needs
-    return needs.union(*(part.needs for part in mods))
+    needs = (self.mask.needs | self.normaliser.needs).union(*(part.needs for part in mods))
+    if unknown := needs - set(Need):
+      raise ValueError(f"needs={sorted(unknown)} must be some of {', '.join(Need)}")
+    return needs
 
   def factor(self, head_dim: int) -> float:
     """The scale that applies to keys of width H."""

@@ -14,6 +14,7 @@ import inspect
 import pkgutil
 from typing import Any
 
+PATTERNS = ("causal_self", "noncausal_self", "causal_cross", "noncausal_cross")
 FOLDER = "attnx.mechanisms"  # a name, not an import: this file lies below the mechanisms
 
 
@@ -37,6 +38,13 @@ class Entry:
   tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   patterns: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
+  def __post_init__(self):
+    if not isinstance(self.facts, AbstractSet):
+      raise TypeError(f"facts={self.facts!r} must be a set of words, e.g. {{'causal'}}")
+    if not isinstance(self.patterns, Mapping) or not set(self.patterns) <= set(PATTERNS):
+      expected = f"a mapping of {', '.join(PATTERNS)} to arguments, e.g. {{'causal_self': {{}}}}"
+      raise TypeError(f"patterns={self.patterns!r} must be {expected}")
+
 
 def names(interface: str) -> list[str]:
   """Every entry of an interface, without importing any."""
@@ -48,7 +56,10 @@ def get(interface: str, name: str) -> Entry:
   """The entry of one file."""
   if name not in (known := names(interface)):
     raise KeyError(f"{FOLDER}.{interface} has no {name!r}; {suggestion(name, known)}")
-  return importlib.import_module(f"{FOLDER}.{interface}.{name}").ENTRY
+  module = importlib.import_module(f"{FOLDER}.{interface}.{name}")
+  if not isinstance(entry := getattr(module, "ENTRY", None), Entry):
+    raise TypeError(f"{module.__name__} must end with ENTRY = Entry(make=..., paper=...)")
+  return entry
 
 
 def build(interface: str, config: Any, **context: Any) -> Any:
