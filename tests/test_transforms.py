@@ -11,7 +11,6 @@ from specs import (
 )  # fmt: skip
 
 from attnx.attention import AttentionSpec, attend, chunked, masks, reference
-from attnx.attention.transforms import parted
 from attnx.core import registry
 from attnx.core.tokens import Tokens
 
@@ -20,8 +19,7 @@ CAUSAL = masks.Causal() & registry.build("masks", "same_segment")
 
 
 def spec(name: str, mask: masks.Mask = CAUSAL) -> AttentionSpec:
-  alone, readouts = parted([instance("transforms", name)])
-  return AttentionSpec(mask=mask, transforms=alone, readouts=readouts)
+  return AttentionSpec(mask=mask, transforms=(instance("transforms", name),))
 
 
 @pytest.mark.parametrize("name", NAMES)

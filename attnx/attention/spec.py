@@ -39,6 +39,9 @@ class AttentionSpec:
       gates, ablations.
     readouts: what the weights read besides `value`: relative values.
     scale: factor on q k^T; None means 1 / sqrt(H).
+
+  A transform with a `readout` of its own, as relative keys have relative values, gives it up to
+  `readouts`.
   """
 
   mask: Mask = Everything()
@@ -47,6 +50,14 @@ class AttentionSpec:
   edits: tuple[Transform, ...] = ()
   readouts: tuple[Readout, ...] = ()
   scale: float | None = struct.static(None)
+
+  def __post_init__(self):
+    brings = lambda t: getattr(t, "readout", None) is not None
+    if any(map(brings, self.transforms)):
+      readouts = (*self.readouts, *(t.readout for t in self.transforms if brings(t)))
+      bare = (dataclasses.replace(t, readout=None) if brings(t) else t for t in self.transforms)
+      object.__setattr__(self, "readouts", readouts)
+      object.__setattr__(self, "transforms", tuple(bare))
 
   @classmethod
   def from_mods(

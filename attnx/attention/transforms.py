@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-import dataclasses
 from typing import ClassVar
 
 import jax
@@ -43,17 +41,6 @@ class Readout:
 
   def __call__(self, weights: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
     raise NotImplementedError
-
-
-def parted(transforms: Iterable[Transform]) -> tuple[tuple[Transform, ...], tuple[Readout, ...]]:
-  """Transforms, and apart from them the readouts that some bring along as their `readout`."""
-  alone, readouts = list[Transform](), list[Readout]()
-  for transform in transforms:
-    if (readout := getattr(transform, "readout", None)) is not None:
-      transform = dataclasses.replace(transform, readout=None)  # type: ignore[type-var]
-      readouts.append(readout)
-    alone.append(transform)
-  return tuple(alone), tuple(readouts)
 
 
 @struct.dataclass

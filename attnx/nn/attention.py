@@ -12,7 +12,7 @@ from flax import nnx
 import jax
 
 from attnx.attention import AttentionSpec, attend, reference
-from attnx.attention.transforms import Dropout, parted
+from attnx.attention.transforms import Dropout
 from attnx.core import registry
 from attnx.core.tokens import Tokens
 from attnx.nn.aside import Loss
@@ -154,17 +154,12 @@ def width_of_heads(dim: int, num_heads: int) -> int:
 
 
 def build_spec(build, mask, transforms, normaliser, edits, scale) -> AttentionSpec:
-  """The spec of entries; a transform with a `readout` of its own brings it along.
-
-  Of several masks in a list, all must allow a pair: ("causal", "same_segment").
-  """
-  alone, readouts = parted(build("transforms", transform) for transform in transforms)
+  """The spec of entries; of several masks in a list, all must allow a pair."""
   return AttentionSpec(
     mask=functools.reduce(operator.and_, (build("masks", m) for m in several(mask))),
-    transforms=alone,
+    transforms=tuple(build("transforms", transform) for transform in transforms),
     normaliser=build("normalisers", normaliser),
     edits=tuple(build("edits", edit) for edit in edits),
-    readouts=readouts,
     scale=scale,
   )
 

@@ -8,7 +8,6 @@ import pytest
 from specs import H, K, N, inputs
 
 from attnx.attention import AttentionSpec, attend, masks
-from attnx.attention.transforms import parted
 from attnx.core import registry
 from attnx.core.tokens import Tokens
 from attnx.mechanisms.transforms.shaw import RelativeKeys, RelativeValues
@@ -69,9 +68,11 @@ def test_the_entry_brings_relative_values_along():
   build = lambda **given: registry.build(
     "transforms", dict(given, name="shaw", max_distance=R), head_dim=H, rngs=nnx.Rngs(0)
   )
-  (keys,), (values,) = parted([build(value_dim=5)])
+  whole = AttentionSpec(transforms=(build(value_dim=5), build(value_dim=6)))
+  (keys, _), (values, other) = whole.transforms, whole.readouts
+  assert other.values.shape == (2 * R + 1, 6)
   assert keys.keys.shape == (2 * R + 1, H) and values.values.shape == (2 * R + 1, 5)
-  assert keys.readout is None and parted([build(values=False)])[1] == ()
+  assert keys.readout is None and not AttentionSpec(transforms=(build(values=False),)).readouts
   attention = dict(name="attention", num_heads=N, transforms=[dict(name="shaw", max_distance=R)])
   mixer = registry.build("mixers", attention, dim=N * H, rngs=nnx.Rngs(0))
   found = {"/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(mixer))}
