@@ -53,8 +53,9 @@ def start(
   file: pathlib.Path, *arguments: Any, devices: int = 1, doomed: bool = False
 ) -> subprocess.Popen:
   """The command in a process of its own; one that is `doomed` to be killed fills no cache."""
+  flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
   environment = os.environ | dict(
-    XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+    XLA_FLAGS=flags,  # otherwise those of this process, whose results it may have to equal
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9" if doomed else "0",
   )
   command = [sys.executable, "-m", "attnx.train", f"--config={file}", *map(str, arguments)]
