@@ -91,6 +91,14 @@ class AttentionSpec:
       raise ValueError(f"needs={sorted(unknown)} must be some of {', '.join(Need)}")
     return needs
 
+  def must_merge(self) -> None:
+    """Raises NotImplementedError unless attention over parts of the keys can be merged."""
+    if Need.ROW in self.needs:
+      raise NotImplementedError(
+        f"{type(self.normaliser).__name__} sees whole rows of keys, which cannot be split over"
+        " devices; choose a normaliser without the need 'row'"
+      )
+
   def factor(self, head_dim: int) -> float:
     """The scale that applies to keys of width H."""
     return head_dim**-0.5 if self.scale is None else self.scale

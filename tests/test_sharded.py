@@ -1,0 +1,204 @@
+"""Splitting keys over devices changes nothing, for whatever merges, forwards and backwards."""
+
+import functools
+import re
+
+import jax
+from jax.sharding import PartitionSpec as P
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import specs
+
+from attnx.attention import AttentionSpec, attend, masks
+from attnx.core import registry
+from attnx.core.tokens import Tokens
+from attnx.sharded.ring import ring_attend, striped, zigzag
+from attnx.sharded.tree import tree_attend
+
+B, T, N, K, H = 2, 32, 4, 2, 8
+KEYS, WHOLE = P(None, "keys"), P()
+CLOSE = dict(rtol=1e-4, atol=1e-5)
+LAYOUTS = {  # the function, how queries are laid out, and in which order tokens are dealt out
+  "tree": (functools.partial(tree_attend, axis_names="keys"), WHOLE, np.arange(T)),
+  "ring": (functools.partial(ring_attend, axis_name="keys"), KEYS, np.arange(T)),
+  "striped": (functools.partial(ring_attend, axis_name="keys"), KEYS, striped(T, 8)),
+  "zigzag": (functools.partial(ring_attend, axis_name="keys"), KEYS, zigzag(T, 8)),
+}
+PARTS = {
+  "plain": AttentionSpec(),
+  "causal": AttentionSpec(masks.Causal()),
+  "a window of packed documents": AttentionSpec(
+    masks.Causal() & masks.Window(5) & registry.build("masks", "same_segment")
+  ),
+  "nothing": AttentionSpec(masks.Causal() & ~masks.Causal()),
+} | {
+  name: AttentionSpec(masks.Causal(), normaliser=specs.instance("normalisers", name))
+  for name in registry.names("normalisers")
+  if "row" not in specs.instance("normalisers", name).needs
+} | {
+  name: AttentionSpec(masks.Causal(), (specs.instance("transforms", name),))
+  for name in ("alibi", "shaw", "t5_bias")
+}  # fmt: skip
+
+
+def mesh(size: int = 8):
+  devices = jax.devices()[:size]
+  return jax.make_mesh((size,), ("keys",), (jax.sharding.AxisType.Auto,), devices=devices)
+
+
+def split(layout: str, size: int = 8):
+  """`attend` of whole arrays, computed over devices; the spec is whole on each."""
+  function, queries, order = LAYOUTS[layout]
+
+  def run(q, k, v, spec, q_tokens, k_tokens):
+    deal = lambda tree: jax.tree.map(lambda x: jnp.asarray(x)[:, order], tree)
+    sharded = jax.shard_map(
+      lambda q, k, v, spec, *tokens: function(
+        q, k, v, spec, q_tokens=tokens[0], k_tokens=tokens[1]
+      ),
+      mesh=mesh(size),
+      in_specs=(queries, KEYS, KEYS, WHOLE, queries, KEYS),
+      out_specs=queries,
+    )
+    q, q_tokens = (q, q_tokens) if queries is WHOLE else (deal(q), deal(q_tokens))
+    out = sharded(q, deal(k), deal(v), spec, q_tokens, deal(k_tokens))
+    return out if queries is WHOLE else out[:, np.argsort(order)]
+
+  return run
+
+
+@functools.cache
+def inputs(length: int = T):
+  with jax.ensure_compile_time_eval():
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = zip(keys, (N, K, K), strict=True)
+    return tuple(jax.random.normal(key, (B, length, n, H)) for key, n in shapes)
+
+
+def value_and_gradients(function, spec, where):
+  """The output, and the gradients of a sum of its cosines to q, k, v and the arrays of the spec."""
+  leaves, tree = jax.tree.flatten(spec)
+
+  def run(qkv, leaves):
+    out = function(*qkv, tree.unflatten(leaves), where, where)
+    return jnp.cos(out).sum(), out
+
+  grads, out = jax.jit(jax.grad(run, (0, 1), has_aux=True))(inputs(), leaves)
+  return out, grads
+
+
+def alone(q, k, v, spec, q_tokens, k_tokens):
+  return attend(q, k, v, spec, q_tokens=q_tokens, k_tokens=k_tokens, implementation="reference")
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("layout", ["tree", "ring"])
+def test_devices_agree_with_one_in_value_and_gradients(layout, part):
+  of = PARTS[part], specs.packed(T)
+  actual, expected = (value_and_gradients(f, *of) for f in (split(layout), alone))
+  specs.assert_close(actual, expected, **CLOSE)
+  if part == "nothing":
+    assert not any(np.any(x) for x in jax.tree.leaves(actual))
+
+
+@pytest.mark.parametrize("layout", ["striped", "zigzag"])
+def test_the_order_in_which_tokens_are_dealt_out_changes_nothing(layout):
+  of = PARTS["a window of packed documents"], specs.packed(T)
+  actual, expected = (value_and_gradients(f, *of) for f in (split(layout), alone))
+  specs.assert_close(actual, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("layout", ["tree", "ring"])
+def test_any_number_of_devices_will_do(layout, size):
+  of = PARTS["causal"], Tokens.of_length(T)
+  actual, expected = (value_and_gradients(f, *of) for f in (split(layout, size), alone))
+  specs.assert_close(actual, expected, **CLOSE)
+
+
+def test_two_levels_of_a_tree_are_one():
+  nodes = jax.make_mesh((2, 4), ("node", "device"), (jax.sharding.AxisType.Auto,) * 2)
+  keys = P(None, ("node", "device"))
+  where = Tokens.of_length(T)
+  run = jax.shard_map(
+    lambda q, k, v, tokens: tree_attend(
+      q, k, v, PARTS["causal"], q_tokens=where, k_tokens=tokens, axis_names=("device", "node")
+    ),
+    mesh=nodes, in_specs=(WHOLE, keys, keys, keys), out_specs=WHOLE,
+  )  # fmt: skip
+  np.testing.assert_allclose(
+    jax.jit(run)(*inputs(), where), alone(*inputs(), PARTS["causal"], where, where), **CLOSE
+  )
+
+
+def test_dropped_weights_are_those_of_one_device():
+  spec = AttentionSpec(masks.Causal(), edits=(specs.instance("edits", "dropout"),))
+  where = Tokens.of_length(T)
+  for layout in ("tree", "zigzag"):
+    out = jax.jit(split(layout))(*inputs(), spec, where, where)
+    np.testing.assert_allclose(out, alone(*inputs(), spec, where, where), **CLOSE)
+
+
+def test_bfloat16_keys_are_merged_in_float32():
+  where = Tokens.of_length(T)
+  exact = alone(*inputs(), PARTS["causal"], where, where)
+  for layout in ("tree", "ring"):
+    rounded = [x.astype(jnp.bfloat16) for x in inputs()]
+    out = jax.jit(split(layout))(*rounded, PARTS["causal"], where, where)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(np.float32), exact, rtol=0.03, atol=0.03)
+
+
+def pairs(order: np.ndarray, size: int) -> int:
+  """The sum over hops of the most pairs that a device has under a causal mask."""
+  shard = order.reshape(size, -1)
+  count = lambda d, hop: (shard[d][:, None] >= shard[(d - hop) % size]).sum()
+  return sum(max(count(d, hop) for d in range(size)) for hop in range(size))
+
+
+def test_layouts_share_the_work_of_a_causal_mask():
+  assert pairs(np.arange(64), 4) == 904
+  assert pairs(striped(64, 4), 4) == 544
+  assert pairs(zigzag(64, 4), 4) == 520 == 64 * 65 // 2 // 4
+  with pytest.raises(ValueError, match="length=30 must be a multiple of 2 size=8"):
+    zigzag(30, 4)
+
+
+def test_a_ring_sends_keys_and_a_tree_only_results():
+  where = Tokens.of_length(T)
+
+  def compiled(layout):
+    lowered = jax.jit(split(layout)).lower(*inputs(), PARTS["causal"], where, where)
+    return lowered.compile().as_text()
+
+  ring, tree = compiled("ring"), compiled("tree")
+  assert "collective-permute" in ring and "all-reduce" not in ring
+  assert "collective-permute" not in tree
+  assert len(re.findall(r" all-reduce(?:-start)?\(", tree)) == 2
+
+
+def test_the_memory_of_a_ring_is_that_of_shards_and_not_of_devices():
+  def temporary(size: int) -> int:
+    run = jax.shard_map(
+      lambda q, k, v, at: ring_attend(
+        q, k, v, PARTS["causal"], q_tokens=at, k_tokens=at, axis_name="keys"
+      ),
+      mesh=mesh(size), in_specs=KEYS, out_specs=KEYS,
+    )  # fmt: skip
+    grad = jax.grad(lambda *qkv_at: jnp.cos(run(*qkv_at)).sum(), (0, 1, 2))
+    place = jax.NamedSharding(mesh(size), KEYS)
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    shapes = jax.tree.map(shape, (*inputs(256 * size), Tokens.of_length(256 * size)))
+    lowered = jax.jit(grad).lower(*shapes)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  assert temporary(8) < 1.1 * temporary(2)
+
+
+def test_a_normaliser_of_whole_rows_is_refused():
+  spec = AttentionSpec(normaliser=registry.build("normalisers", "entmax15"))
+  where = Tokens.of_length(T)
+  for layout in ("tree", "ring"):
+    with pytest.raises(NotImplementedError, match="Entmax15 sees whole rows of keys"):
+      split(layout)(*inputs(), spec, where, where)
