@@ -15,6 +15,7 @@ from attnx.core import registry
 from attnx.core.tokens import Tokens
 from attnx.sharded.ring import ring_attend, striped, zigzag
 from attnx.sharded.tree import tree_attend
+from attnx.sharded.ulysses import ulysses_attend
 
 B, T, N, K, H = 2, 32, 4, 2, 8
 KEYS, WHOLE = P(None, "keys"), P()
@@ -24,6 +25,7 @@ LAYOUTS = {  # the function, how queries are laid out, and in which order tokens
   "ring": (functools.partial(ring_attend, axis_name="keys"), KEYS, np.arange(T)),
   "striped": (functools.partial(ring_attend, axis_name="keys"), KEYS, striped(T, 8)),
   "zigzag": (functools.partial(ring_attend, axis_name="keys"), KEYS, zigzag(T, 8)),
+  "ulysses": (functools.partial(ulysses_attend, axis_name="keys"), KEYS, np.arange(T)),
 }
 PARTS = {
   "plain": AttentionSpec(),
@@ -132,11 +134,49 @@ def test_two_levels_of_a_tree_are_one():
   )
 
 
+@pytest.mark.parametrize("part", ["a window of packed documents", "nothing", "relu", "shaw"])
+@pytest.mark.parametrize("size", [2, 4])  # as many key heads as devices, and fewer
+def test_exchanging_tokens_for_heads_changes_nothing(size, part):
+  of = PARTS[part], specs.packed(T)
+  actual, expected = (value_and_gradients(f, *of) for f in (split("ulysses", size), alone))
+  specs.assert_close(actual, expected, **CLOSE)
+
+
+def test_whole_rows_meet_where_heads_are_split_and_what_wants_all_heads_is_refused():
+  rows = AttentionSpec(masks.Causal(), normaliser=registry.build("normalisers", "entmax15"))
+  of = rows, Tokens.of_length(T)
+  actual, expected = (value_and_gradients(f, *of) for f in (split("ulysses", 4), alone))
+  specs.assert_close(actual, expected, **CLOSE)
+  with pytest.raises(NotImplementedError, match="sees all heads at once"):
+    split("ulysses", 4)(*inputs(), PARTS["sink"], of[1], of[1])
+  with pytest.raises(ValueError, match="4 heads and 2 key heads cannot be dealt out to 8 devices"):
+    split("ulysses", 8)(*inputs(), PARTS["causal"], of[1], of[1])
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (4, 2)], ids=str)
+def test_heads_over_one_axis_and_a_ring_over_the_other_are_one_device(shape):
+  both = jax.make_mesh(shape, ("heads", "ring"), (jax.sharding.AxisType.Auto,) * 2)
+  tokens, where, spec = P(None, ("ring", "heads")), specs.packed(T), PARTS["alibi"]
+
+  def hybrid(q, k, v, spec, q_tokens, k_tokens):
+    return jax.shard_map(
+      lambda q, k, v, spec, a, b: ulysses_attend(
+        q, k, v, spec, q_tokens=a, k_tokens=b, axis_name="heads",
+        inside=functools.partial(ring_attend, axis_name="ring"),
+      ),
+      mesh=both, in_specs=(tokens, tokens, tokens, WHOLE, tokens, tokens), out_specs=tokens,
+    )(q, k, v, spec, q_tokens, k_tokens)  # fmt: skip
+
+  whole = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (B, T)), where)
+  actual, expected = (value_and_gradients(f, spec, whole) for f in (hybrid, alone))
+  specs.assert_close(actual, expected, **CLOSE)
+
+
 def test_dropped_weights_are_those_of_one_device():
   spec = AttentionSpec(masks.Causal(), edits=(specs.instance("edits", "dropout"),))
   where = Tokens.of_length(T)
-  for layout in ("tree", "zigzag"):
-    out = jax.jit(split(layout))(*inputs(), spec, where, where)
+  for layout, size in (("tree", 8), ("zigzag", 8), ("ulysses", 4)):
+    out = jax.jit(split(layout, size))(*inputs(), spec, where, where)
     np.testing.assert_allclose(out, alone(*inputs(), spec, where, where), **CLOSE)
 
 

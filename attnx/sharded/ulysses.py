@@ -1,0 +1,139 @@
+"""Ulysses: tokens sharded outside of attention, heads inside (arXiv:2309.14509)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attnx.attention import AttentionSpec, attend
+from attnx.attention.masks import Block, Mask, Span
+from attnx.attention.spec import Need
+from attnx.attention.transforms import Readout, Transform
+from attnx.core import struct
+from attnx.core.tokens import Tokens
+
+
+def ulysses_attend(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  spec: AttentionSpec,
+  *,
+  q_tokens: Tokens,
+  k_tokens: Tokens,
+  axis_name: str,
+  inside: Callable[..., jax.Array] = attend,
+) -> jax.Array:
+  """`attend` of N / P heads over all tokens on each device, inside `jax.shard_map`.
+
+  Four exchanges, all to all, of B T N H / P numbers or fewer: queries, keys and values to heads,
+  the output back to tokens. Whole rows of keys meet on one device, so that every normaliser will
+  do.
+
+  Args:
+    query: (B, T / P, N, H), a shard of the queries; P divides N.
+    key: (B, S / P, K, H), a shard of the keys. P divides K; or K divides P, and P / K devices get
+      the same key head.
+    value: (B, S / P, K, V).
+    spec: what to compute; parameters are whole.
+    q_tokens: where the queries of the shard sit: positions, and places (`index`), of the whole.
+    k_tokens: where the keys of the shard sit, likewise.
+    axis_name: the mesh axis of the exchange.
+    inside: what attends once tokens are together. `ring_attend` over another axis of the mesh, with
+      its `axis_name` given, is the hybrid in which tokens are sharded over both axes.
+
+  Returns:
+    (B, T / P, N, V) in the dtype of `value`, sharded as the queries are.
+
+  Raises:
+    ValueError: heads cannot be dealt out to the devices.
+    NotImplementedError: the spec wants all heads of a score at once.
+  """
+  size, (N, K) = jax.lax.axis_size(axis_name), (query.shape[2], key.shape[2])
+  if N % size or (K % size and size % K):
+    raise ValueError(f"{N} heads and {K} key heads cannot be dealt out to {size} devices evenly")
+  if Need.HEADS in spec.needs:
+    raise NotImplementedError("the spec sees all heads at once, which are split here; use a ring")
+  key, value = (jnp.repeat(x, max(size // K, 1), axis=2) for x in (key, value))
+  exchange = lambda x, split, join: jax.lax.all_to_all(x, axis_name, split, join, tiled=True)
+  query, key, value = (exchange(x, 2, 1) for x in (query, key, value))
+  first = jax.lax.axis_index(axis_name) * (N // size)
+  together = lambda tokens: jax.tree.map(
+    lambda x: jax.lax.all_gather(jnp.asarray(x), axis_name, axis=1, tiled=True), tokens
+  )
+  out = inside(
+    query, key, value, numbered(spec, first),
+    q_tokens=together(q_tokens), k_tokens=together(k_tokens),
+  )  # fmt: skip
+  return exchange(out, 1, 2)
+
+
+def numbered(spec: AttentionSpec, first: jax.Array) -> AttentionSpec:
+  """The spec for heads of which the first is number `first` of all."""
+  wrap = lambda kind, parts: tuple(kind(part, first) for part in parts)
+  return dataclasses.replace(
+    spec,
+    mask=NumberedMask(spec.mask, first),
+    transforms=wrap(NumberedTransform, spec.transforms),
+    edits=wrap(NumberedTransform, spec.edits),
+    readouts=wrap(NumberedReadout, spec.readouts),
+  )
+
+
+def among_all(q: Tokens, first: jax.Array) -> Tokens:
+  """Queries whose heads know their number among all heads."""
+  return dataclasses.replace(q, head=jnp.asarray(q.head) + first)
+
+
+@struct.dataclass
+class NumberedMask(Mask):
+  """`inner`, seeing heads from number `first` on."""
+
+  inner: Mask
+  first: jax.Array
+
+  @property
+  def needs(self) -> frozenset[str]:
+    return self.inner.needs
+
+  def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
+    return self.inner(among_all(q, self.first), k)
+
+  def block(self, q: Span, k: Span) -> Block:
+    return self.inner.block(q, k)
+
+
+@struct.dataclass
+class NumberedTransform(Transform):
+  """`inner`, seeing heads from number `first` on."""
+
+  inner: Transform
+  first: jax.Array
+
+  @property
+  def needs(self) -> frozenset[str]:
+    return self.inner.needs
+
+  def table(self, query: jax.Array) -> jax.Array | None:
+    return self.inner.table(query)
+
+  def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
+    return self.inner(scores, among_all(q, self.first), k)
+
+
+@struct.dataclass
+class NumberedReadout(Readout):
+  """`inner`, seeing heads from number `first` on."""
+
+  inner: Readout
+  first: jax.Array
+
+  @property
+  def needs(self) -> frozenset[str]:
+    return self.inner.needs
+
+  def __call__(self, weights: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
+    return self.inner(weights, among_all(q, self.first), k)
