@@ -13,6 +13,7 @@ import specs
 from attnx.attention import AttentionSpec, attend, masks
 from attnx.core import registry
 from attnx.core.tokens import Tokens
+from attnx.sharded.halo import halo_attend
 from attnx.sharded.ring import ring_attend, striped, zigzag
 from attnx.sharded.tree import tree_attend
 from attnx.sharded.ulysses import ulysses_attend
@@ -49,9 +50,9 @@ def mesh(size: int = 8):
   return jax.make_mesh((size,), ("keys",), (jax.sharding.AxisType.Auto,), devices=devices)
 
 
-def split(layout: str, size: int = 8):
+def split(layout, size: int = 8):
   """`attend` of whole arrays, computed over devices; the spec is whole on each."""
-  function, queries, order = LAYOUTS[layout]
+  function, queries, order = LAYOUTS[layout] if isinstance(layout, str) else layout
 
   def run(q, k, v, spec, q_tokens, k_tokens):
     deal = lambda tree: jax.tree.map(lambda x: jnp.asarray(x)[:, order], tree)
@@ -170,6 +171,23 @@ def test_heads_over_one_axis_and_a_ring_over_the_other_are_one_device(shape):
   whole = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (B, T)), where)
   actual, expected = (value_and_gradients(f, spec, whole) for f in (hybrid, alone))
   specs.assert_close(actual, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("before, after", [(3, 0), (4, 9), (0, 1), (28, 28)])
+def test_a_halo_is_all_that_a_window_wants(before, after):
+  window = masks.Window(before, after) & registry.build("masks", "same_segment")
+  spec = AttentionSpec(window, normaliser=registry.build("normalisers", "sparsemax"))
+  halo = functools.partial(halo_attend, axis_name="keys", before=before, after=after)
+  of, layout = (spec, specs.packed(T)), (halo, KEYS, np.arange(T))
+  actual, expected = (value_and_gradients(f, *of) for f in (split(layout), alone))
+  specs.assert_close(actual, expected, **CLOSE)
+
+
+def test_a_halo_that_is_wider_than_the_sequence_is_refused():
+  halo = functools.partial(halo_attend, axis_name="keys", before=29)
+  where = Tokens.of_length(T)
+  with pytest.raises(ValueError, match="before=29 and after=0 must be in 0 .. 28"):
+    split((halo, KEYS, np.arange(T)))(*inputs(), PARTS["causal"], where, where)
 
 
 def test_dropped_weights_are_those_of_one_device():
