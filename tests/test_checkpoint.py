@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, vouched for byte by byte, and read on any devices."""
 
 import ast
+import gc
 import json
 import os
 import pathlib
@@ -182,6 +183,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, change, words):
   assert words in str(mistake.value) and "\n" not in str(mistake.value)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax' event loop
 def test_a_full_disk_stops_the_run_and_leaves_older_checkpoints_whole(tmp_path):
   checkpoints = saved(tmp_path, 1, 2)
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -197,6 +199,8 @@ def test_a_full_disk_stops_the_run_and_leaves_older_checkpoints_whole(tmp_path):
   assert "whole checkpoints there: 1, 2;" in text and "\n" not in text and stopped.value.code == 1
   assert [damage(tmp_path / str(step)) for step in checkpoints.steps()] == [None, None]
   assert_restored(Checkpoints(tmp_path), 2)
+  del stopped, checkpoints
+  gc.collect()
 
 
 def test_other_errors_are_not_blamed_on_the_disk(tmp_path):

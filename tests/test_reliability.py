@@ -129,7 +129,7 @@ def disk(folder: pathlib.Path, size: str):
 def test_a_full_disk_stops_training_and_what_is_saved_stays_whole(tmp_path, capsys, run):
   _, _, whole = run
   file = config_file(tmp_path, checkpoint=dict(every=2, keep=99), log=dict(every=1))
-  with disk(tmp_path / "small", "450k") as workdir:
+  with disk(tmp_path / "small", "900k") as workdir:  # one checkpoint is 200k, or 400k while made
     assert main(file, f"--workdir={workdir}") == 1
     told = capsys.readouterr().err.splitlines()
     kept = steps(workdir)
