@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from specs import assert_close
 
-from attnx.recurrence import delta, diagonal, linear
+from attnx.recurrence import convolution, delta, diagonal, linear
 from attnx.sharded import scan
 
 B, T, N, H, V = 2, 48, 2, 4, 3
@@ -94,6 +94,29 @@ def test_a_diagonal_scan(a, segment):
   on = (functools.partial(module.diagonal_scan, chunk=4) for module in (diagonal, scan))
   state = draw(B, 5) + (1j if np.iscomplexobj(a) else 0)
   compare(*on, (a, draw(B, T, 5)), state, 8, segment)
+
+
+@pytest.mark.parametrize("segment", [None, SEGMENT], ids=["one document", "packed"])
+@pytest.mark.parametrize("channels", [8, 1])
+def test_a_long_convolution(channels, segment):
+  mesh = jax.make_mesh((4,), ("tokens",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+  layout = (TOKENS, P(), P() if segment is None else TOKENS)
+  many = jax.shard_map(
+    lambda x, kernel, segment: scan.long_convolution(
+      x, kernel, segment=segment, axis_name="tokens"
+    ),
+    mesh=mesh, in_specs=layout, out_specs=TOKENS,
+  )  # fmt: skip
+  one = lambda x, kernel, segment: convolution.long_convolution(x, kernel, segment=segment)
+  with jax.enable_x64(True):
+    given = jnp.asarray(draw(B, T, 8)), jnp.asarray(draw(T, channels))
+    where = None if segment is None else jnp.asarray(segment)
+
+    def value_and_grad(f):
+      loss = lambda *given: (jnp.cos(y := f(*given, where)).sum(), y)
+      return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(*given)
+
+    assert_close(value_and_grad(many), value_and_grad(one), **CLOSE)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from attnx.core.varying import varying
-from attnx.recurrence import delta, diagonal, linear
+from attnx.recurrence import convolution, delta, diagonal, linear
 
 Summary = tuple[jax.Array, jax.Array]  # (A, b) of a shard, whose state goes S -> A S + b
 Run = Callable[[jax.Array | None], tuple[jax.Array, jax.Array]]  # state to outputs and state
@@ -94,6 +94,27 @@ def diagonal_scan(
   return carried(
     run, jnp.broadcast_to(decay, state.shape), state, segment, axis_name, jnp.multiply
   )
+
+
+def long_convolution(
+  x: jax.Array, kernel: jax.Array, *, axis_name: str, segment: jax.Array | None = None
+) -> jax.Array:
+  """`recurrence.convolution.long_convolution`, inside `jax.shard_map`, of a shard of the tokens.
+
+  Tokens are exchanged for channels, all to all, and back: x is (B, T / P, D), where P divides D, and
+  the kernel (L, D) or (L, 1) is whole on every device.
+  """
+  size, D = jax.lax.axis_size(axis_name), x.shape[2]
+  if D % size:
+    raise ValueError(f"x has {D} channels, which cannot be dealt out to {size} devices evenly")
+  mine = jax.lax.axis_index(axis_name) * (D // size)
+  if kernel.shape[1] > 1:
+    kernel = jax.lax.dynamic_slice_in_dim(kernel, mine, D // size, axis=1)
+  if segment is not None:
+    segment = jax.lax.all_gather(jnp.asarray(segment), axis_name, axis=1, tiled=True)
+  x = jax.lax.all_to_all(x, axis_name, 2, 1, tiled=True)
+  y = convolution.long_convolution(x, kernel, segment=segment)
+  return jax.lax.all_to_all(y, axis_name, 1, 2, tiled=True)
 
 
 def carried(
