@@ -101,8 +101,8 @@ def long_convolution(
 ) -> jax.Array:
   """`recurrence.convolution.long_convolution`, inside `jax.shard_map`, of a shard of the tokens.
 
-  Tokens are exchanged for channels, all to all, and back: x is (B, T / P, D), where P divides D, and
-  the kernel (L, D) or (L, 1) is whole on every device.
+  Tokens are exchanged for channels, all to all, and back: x is (B, T / P, D) where P divides D; the
+  kernel, (L, D) or (L, 1), is whole on every device.
   """
   size, D = jax.lax.axis_size(axis_name), x.shape[2]
   if D % size:
