@@ -29,11 +29,12 @@ def ring_attend(
 ) -> jax.Array:
   """finish(merge over shards of attention over the keys of each): `attend` in `jax.shard_map`.
 
-  The keys of a device go round the ring of P devices in P - 1 hops, each of which is under way
-  while the keys of the hop before are attended to. A device holds two shards of keys, its own
-  queries and their sums; the backward pass sends the gradients of keys round with the keys, so that
-  it holds no more than two shards of either. Tiles that the mask leaves empty are skipped; which
-  device has how many is for the layout to say, see `striped` and `zigzag`.
+  The keys of a device go round the ring of P devices in P - 1 hops. A hop does not wait for what is
+  attended to meanwhile; whether the two overlap is for the compiler to say. A device holds two
+  shards of keys, its own queries and their sums; the backward pass sends the gradients of keys
+  round with the keys, so that it holds no more than two shards of either. Tiles that the mask
+  leaves empty are skipped; which device has how many is for the layout to say, see `striped` and
+  `zigzag`.
 
   Args:
     query: (B, T / P, N, H), a shard of the queries.
@@ -73,7 +74,7 @@ def ring(axis_name: str, tree: Any, *leaves: jax.Array) -> Partial:
 
   def hop(_, carry):
     seen, keys = carry
-    after = onward(keys, axis_name)  # under way while these are attended to
+    after = onward(keys, axis_name)  # does not wait for what is seen
     return merge(seen, see(spec, q, q_tokens, keys)), after
 
   seen, keys = jax.lax.fori_loop(1, size - 1, hop, (seen, onward(keys, axis_name)))
