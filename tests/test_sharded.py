@@ -95,7 +95,15 @@ def alone(q, k, v, spec, q_tokens, k_tokens):
   return attend(q, k, v, spec, q_tokens=q_tokens, k_tokens=k_tokens, implementation="reference")
 
 
-@pytest.mark.parametrize("part", PARTS)
+ERF = pytest.mark.xfail(
+  jax.__version_info__ >= (0, 12), strict=True, raises=ValueError,
+  reason="jax 0.12.0 refuses its own erf inside of shard_map: primitive polynomial",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "part", [pytest.param(part, marks=ERF if part == "laplace" else ()) for part in PARTS]
+)
 @pytest.mark.parametrize("layout", ["tree", "ring"])
 def test_devices_agree_with_one_in_value_and_gradients(layout, part):
   of = PARTS[part], specs.packed(T)

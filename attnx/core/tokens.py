@@ -61,8 +61,8 @@ class Tokens:
     laid_out = jax.tree.map(lambda x: jnp.asarray(x)[:, None, :, None], self)
     return dataclasses.replace(
       laid_out,
-      batch=jnp.arange(batch)[:, None, None, None],
-      head=jnp.arange(num_heads)[None, :, None, None],
+      batch=jnp.arange(batch, dtype=jnp.int32)[:, None, None, None],
+      head=jnp.arange(num_heads, dtype=jnp.int32)[None, :, None, None],
     )
 
   def columns(self) -> Tokens:
