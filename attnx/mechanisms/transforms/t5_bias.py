@@ -63,7 +63,8 @@ def buckets(num_buckets: int, max_distance: int, bidirectional: bool) -> np.ndar
 
   behind = [bucket(x) for x in range(max_distance, 0, -1)]
   ahead = [each + bucket(x) for x in range(1, max_distance + 1)]
-  return np.array([*behind, 0, *(ahead if bidirectional else [0] * max_distance)])
+  order = [*behind, 0, *(ahead if bidirectional else [0] * max_distance)]
+  return np.array(order, np.int32)
 
 
 def t5_bias(
