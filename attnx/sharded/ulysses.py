@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,57 +84,46 @@ def numbered(spec: AttentionSpec, first: jax.Array) -> AttentionSpec:
   )
 
 
-def among_all(q: Tokens, first: jax.Array) -> Tokens:
-  """Queries whose heads know their number among all heads."""
-  return dataclasses.replace(q, head=jnp.asarray(q.head) + first)
+class Numbered:
+  """A part of a spec, `inner`, that sees heads from number `first` on."""
 
-
-@struct.dataclass
-class NumberedMask(Mask):
-  """`inner`, seeing heads from number `first` on."""
-
-  inner: Mask
+  inner: Any
   first: jax.Array
 
   @property
   def needs(self) -> frozenset[str]:
     return self.inner.needs
 
-  def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
-    return self.inner(among_all(q, self.first), k)
+  def __call__(self, *given: Any) -> jax.Array:
+    *read, q, k = given  # scores, weights or nothing comes before the tokens
+    return self.inner(*read, dataclasses.replace(q, head=q.head + self.first), k)
+
+
+@struct.dataclass
+class NumberedMask(Numbered, Mask):
+  """`inner`, a mask."""
+
+  inner: Mask
+  first: jax.Array
 
   def block(self, q: Span, k: Span) -> Block:
     return self.inner.block(q, k)
 
 
 @struct.dataclass
-class NumberedTransform(Transform):
-  """`inner`, seeing heads from number `first` on."""
+class NumberedTransform(Numbered, Transform):
+  """`inner`, a transform."""
 
   inner: Transform
   first: jax.Array
 
-  @property
-  def needs(self) -> frozenset[str]:
-    return self.inner.needs
-
   def table(self, query: jax.Array) -> jax.Array | None:
     return self.inner.table(query)
 
-  def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
-    return self.inner(scores, among_all(q, self.first), k)
-
 
 @struct.dataclass
-class NumberedReadout(Readout):
-  """`inner`, seeing heads from number `first` on."""
+class NumberedReadout(Numbered, Readout):
+  """`inner`, a readout."""
 
   inner: Readout
   first: jax.Array
-
-  @property
-  def needs(self) -> frozenset[str]:
-    return self.inner.needs
-
-  def __call__(self, weights: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
-    return self.inner(weights, among_all(q, self.first), k)
