@@ -85,8 +85,8 @@ def draw(ax, x: np.ndarray, signed: bool):
   if signed:
     norm = colors.SymLogNorm(10 * FAINTEST, vmin=-1, vmax=1)
   palette = mpl.colormaps["RdBu_r" if signed else "viridis"].with_extremes(bad="#d9d9d9")
-  style = dict(norm=norm, cmap=palette, interpolation="nearest")
-  style["aspect"] = "equal" if x.shape[0] == x.shape[1] else "auto"
+  aspect = "equal" if x.shape[0] == x.shape[1] else "auto"
+  style = dict(norm=norm, cmap=palette, interpolation="nearest", aspect=aspect)
   return ax.imshow(np.ma.masked_equal(x, 0), **style)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from attnx.core.varying import varying
-from attnx.recurrence import convolution, delta, diagonal, linear
+from attnx.recurrence import chunks, convolution, delta, diagonal, linear
 
 Summary = tuple[jax.Array, jax.Array]  # (A, b) of a shard, whose state goes S -> A S + b
 Run = Callable[[jax.Array | None], tuple[jax.Array, jax.Array]]  # state to outputs and state
@@ -33,8 +33,7 @@ def linear_attention(
   in their order; `state` is that before the first token of all, and the state that comes back is
   the one after the shard. States (B, N, H, V) travel, in log2 P steps.
   """
-  N = max(q.shape[2], v.shape[2])
-  (B, T, _, H), V = q.shape, v.shape[3]
+  N, (B, T, _, H) = chunks.check(q, k, v, chunk), q.shape
   run = lambda state: linear.linear_attention(
     q, k, v, log_decay, bonus=bonus, state=state, segment=segment, chunk=chunk
   )
@@ -42,7 +41,6 @@ def linear_attention(
   if log_decay is not None:
     sums = linear.along(log_decay, (B, T, N, H)).astype(jnp.promote_types(v.dtype, jnp.float32))
     decay = jnp.broadcast_to(jnp.exp(sums.sum(1))[..., None], (B, N, H, 1))
-  state = jnp.zeros((B, N, H, V), decay.dtype) if state is None else state
   return carried(run, decay, state, segment, axis_name, jnp.multiply)
 
 
@@ -63,13 +61,12 @@ def delta_rule(
   As `linear_attention`; what a shard does to the state is a matrix, so that (B, N, H, H + V)
   numbers travel. The matrix is the state that the identity becomes where all values are zero.
   """
-  (B, T, N), H, V = beta.shape, q.shape[3], v.shape[3]
+  (B, T, N), H = beta.shape, q.shape[3]
   run = lambda state, v=v: delta.delta_rule(
     q, k, v, beta, log_decay, state=state, segment=segment, chunk=chunk
   )
   one = jnp.broadcast_to(jnp.eye(H, dtype=jnp.promote_types(v.dtype, jnp.float32)), (B, N, H, H))
   matrix = run(one, jnp.zeros((B, T, N, H), v.dtype))[1]
-  state = jnp.zeros((B, N, H, V), one.dtype) if state is None else state
   return carried(run, matrix, state, segment, axis_name, jnp.matmul)
 
 
@@ -90,10 +87,8 @@ def diagonal_scan(
   dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
   a = a.reshape((1,) * (b.ndim - a.ndim) + a.shape).astype(dtype)
   decay = jnp.broadcast_to(a, (a.shape[0], b.shape[1], *a.shape[2:])).prod(1)
-  state = jnp.zeros_like(b[:, 0], dtype) if state is None else state
-  return carried(
-    run, jnp.broadcast_to(decay, state.shape), state, segment, axis_name, jnp.multiply
-  )
+  decay = jnp.broadcast_to(decay, (b.shape[0], *b.shape[2:]))
+  return carried(run, decay, state, segment, axis_name, jnp.multiply)
 
 
 def long_convolution(
@@ -120,7 +115,7 @@ def long_convolution(
 def carried(
   run: Run,
   decay: jax.Array,
-  state: jax.Array,
+  state: jax.Array | None,
   segment: jax.Array | None,
   axis_name: str,
   times: Callable[[jax.Array, jax.Array], jax.Array],
@@ -130,12 +125,13 @@ def carried(
   Args:
     run: of the shard, from a state.
     decay: what the shard does to a state, to be applied by `times`.
-    state: before the first token of all.
+    state: before the first token of all; zero if None.
     segment: (#B, T / P) integers; None is one document.
     axis_name: the mesh axis that tokens are sharded over.
     times: decay and state, or decay and decay, to their product.
   """
   _, added = run(None)
+  state = jnp.zeros_like(added) if state is None else state
   same = jnp.ones(())  # whether the document of the state before goes on at the first token
   if segment is not None:
     segment = jnp.asarray(segment)
