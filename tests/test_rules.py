@@ -1,5 +1,6 @@
 """Shardings: the default, rules of the user, and rules that do not fit."""
 
+from flax import nnx
 import hypothesis
 from hypothesis import strategies as st
 import jax
@@ -8,6 +9,7 @@ from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
+from attnx import models
 from attnx.sharded import rules
 
 SHAPES = {
@@ -87,16 +89,42 @@ def test_any_rules_give_shardings_that_arrays_can_have_or_one_sentence(given):
 def test_a_mesh_has_every_device_or_is_refused(data, fsdp):
   wanted = 8 // fsdp if data == -1 and fsdp > 0 else data
   if wanted > 0 and fsdp > 0 and wanted * fsdp == 8:
-    assert dict(rules.make_mesh(data=data, fsdp=fsdp).shape) == dict(data=wanted, fsdp=fsdp)
+    sizes = dict(data=wanted, fsdp=fsdp, tensor=1, seq=1)
+    assert dict(rules.make_mesh(data=data, fsdp=fsdp).shape) == sizes
   else:
-    with pytest.raises(ValueError, match=f"times fsdp={fsdp} must be the 8 devices"):
+    with pytest.raises(ValueError, match=f"times fsdp={fsdp} .* must be the 8 devices"):
       rules.make_mesh(data=data, fsdp=fsdp)
+
+
+def test_parameters_of_models_are_split_by_heads_and_hidden_channels_and_kept_apart():
+  model = dict(vocab=64, dim=64, depth=1, mixers="attention", name="decoder_lm")
+  shapes = nnx.eval_shape(lambda: models.build(model, rngs=nnx.Rngs(0)))
+  shapes = nnx.split(shapes)[1]
+  found = rules.shardings(shapes, rules.make_mesh(data=2, fsdp=2, tensor=2))
+  specs = {rules.name(path): x.spec for path, x in jax.tree_util.tree_leaves_with_path(found)}
+  block = {k.removeprefix("stack.blocks.0."): v for k, v in specs.items()}
+  assert block["mixer.query.kernel"] == PartitionSpec("fsdp", "tensor")
+  assert block["mixer.out.kernel"] == PartitionSpec("tensor", None, "fsdp")
+  assert block["mlp.up.kernel"] == PartitionSpec("fsdp", "tensor")
+  assert block["mlp.out.kernel"] == PartitionSpec("tensor", "fsdp")
+  assert specs["vocabulary.embed.embedding"] == PartitionSpec("tensor", "fsdp")
+  assert block["norms.0.scale"] == PartitionSpec()
+
+
+def test_a_batch_is_spread_over_rows_and_tokens():
+  mesh = rules.make_mesh(data=2, tensor=2, seq=2)
+  batch = dict(x=np.arange(32).reshape(4, 8), y=np.arange(4), odd=np.zeros((4, 7)))
+  placed = rules.place(batch, mesh)
+  assert placed["x"].sharding.spec == PartitionSpec(("data", "fsdp"), "seq")
+  assert placed["odd"].sharding.spec == placed["y"].sharding.spec == PartitionSpec(rules.ROWS)
+  assert placed["x"].addressable_shards[-1].data.tolist() == [[20, 21, 22, 23], [28, 29, 30, 31]]
+  jax.tree.map(np.testing.assert_array_equal, placed, batch)
 
 
 def test_a_batch_is_spread_over_all_devices_in_order():
   mesh = rules.make_mesh(data=2, fsdp=4)
   batch = rules.place(dict(x=np.arange(32).reshape(16, 2)), mesh)["x"]
-  assert batch.sharding.spec == PartitionSpec(("data", "fsdp"))
+  assert batch.sharding.spec == PartitionSpec(("data", "fsdp"), "seq")
   assert [shard.data.tolist()[0][0] for shard in batch.addressable_shards] == [*range(0, 32, 4)]
   np.testing.assert_array_equal(batch, np.arange(32).reshape(16, 2))
 

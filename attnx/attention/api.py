@@ -15,6 +15,7 @@ import numpy as np
 from attnx.attention import chunked, reference
 from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec, Need
+from attnx.core.instead import replaceable
 from attnx.core.tokens import Tokens
 
 
@@ -119,6 +120,7 @@ def attend(
   return spec.finish(p).astype(value.dtype)
 
 
+@replaceable
 def attend_partial(
   query: jax.Array,
   key: jax.Array,
@@ -169,6 +171,8 @@ def check(q, k, v, spec, q_tokens: Tokens | None = None, k_tokens: Tokens | None
         raise ValueError(f"{name}.{field} has shape {shape}; expected {expected}")
   has_array = lambda part: hasattr(part, "by_place")
   for part in filter(has_array, jax.tree.leaves(spec, is_leaf=has_array)):
+    if part.by_place is None:  # numbered as of a larger call, which was checked
+      continue
     name, array = part.by_place
     sizes = ((B,), (N,), places(q_tokens, T), places(k_tokens, S))
     if len(array.shape) != 4 or any(n != 1 and n not in m for n, m in zip(array.shape, sizes)):

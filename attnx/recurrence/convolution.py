@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnx.core.instead import replaceable
 from attnx.recurrence import chunks
 
 
+@replaceable
 def long_convolution(
   x: jax.Array, kernel: jax.Array, *, segment: jax.Array | None = None
 ) -> jax.Array:

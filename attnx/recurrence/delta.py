@@ -5,10 +5,12 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from attnx.core.instead import replaceable
 from attnx.recurrence import chunks
 from attnx.recurrence.linear import along, decayed_scores
 
 
+@replaceable
 def delta_rule(
   q: jax.Array,
   k: jax.Array,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from attnx.core.instead import replaceable
 from attnx.recurrence import chunks
 
 
+@replaceable
 def diagonal_scan(
   a: jax.Array,
   b: jax.Array,

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnx.core.instead import replaceable
 from attnx.recurrence import chunks
 
 SUB = 16  # rows of a chunk that share a reference row where the decay varies along H
 
 
+@replaceable
 def linear_attention(
   q: jax.Array,
   k: jax.Array,

@@ -29,12 +29,13 @@ def ring_attend(
 ) -> jax.Array:
   """finish(merge over shards of attention over the keys of each): `attend` in `jax.shard_map`.
 
-  The keys of a device go round the ring of P devices in P - 1 hops. A hop does not wait for what is
-  attended to meanwhile; whether the two overlap is for the compiler to say. A device holds two
-  shards of keys, its own queries and their sums; the backward pass sends the gradients of keys
-  round with the keys, so that it holds no more than two shards of either. Tiles that the mask
-  leaves empty are skipped; which device has how many is for the layout to say, see `striped` and
-  `zigzag`.
+  The keys of a device go round the ring of P devices in P - 1 hops. A hop spans the work on the
+  shard that is there already: compilers with asynchronous sends, as that for TPUs, begin it before
+  the tiles and await it after them. A device holds two shards of keys, its own queries and their
+  sums. The backward pass sends keys while it computes their scores again, and the gradients of
+  keys, one hop behind, while it computes what is added to them: two shards of keys, and three of
+  float32 gradients. Their last hop, home, hides behind nothing. Tiles that the mask leaves empty
+  are skipped; which device has how many is for the layout to say, see `striped` and `zigzag`.
 
   Args:
     query: (B, T / P, N, H), a shard of the queries.
@@ -52,6 +53,22 @@ def ring_attend(
   Raises:
     NotImplementedError: the spec wants whole rows of keys, which no device has.
   """
+  tokens = dict(q_tokens=q_tokens, k_tokens=k_tokens)
+  p = ring_partial(query, key, value, spec, **tokens, axis_name=axis_name)
+  return spec.finish(p).astype(value.dtype)
+
+
+def ring_partial(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  spec: AttentionSpec,
+  *,
+  q_tokens: Tokens,
+  k_tokens: Tokens,
+  axis_name: str,
+) -> Partial:
+  """`ring_attend` before it is finished."""
   spec.must_merge()
   whole = lambda tokens, x: jax.tree.map(
     lambda y: jnp.broadcast_to(jnp.asarray(y), x.shape[:2]), tokens
@@ -60,7 +77,7 @@ def ring_attend(
   parts = (spec, query, whole(q_tokens, query), keys)
   parts = varying(jax.tree.map(jnp.asarray, parts), parts)  # what is whole gathers its gradient
   leaves, tree = jax.tree.flatten(parts)
-  return spec.finish(ring(axis_name, tree, *leaves)).astype(value.dtype)
+  return ring(axis_name, tree, *leaves)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -74,10 +91,11 @@ def ring(axis_name: str, tree: Any, *leaves: jax.Array) -> Partial:
 
   def hop(_, carry):
     seen, keys = carry
-    after = onward(keys, axis_name)  # does not wait for what is seen
-    return merge(seen, see(spec, q, q_tokens, keys)), after
+    after, mine = meanwhile(onward(keys, axis_name), see(spec, q, q_tokens, keys))
+    return merge(seen, mine), after
 
-  seen, keys = jax.lax.fori_loop(1, size - 1, hop, (seen, onward(keys, axis_name)))
+  after, seen = meanwhile(onward(keys, axis_name), seen)
+  seen, keys = jax.lax.fori_loop(1, size - 1, hop, (seen, after))
   return merge(seen, see(spec, q, q_tokens, keys))
 
 
@@ -87,12 +105,14 @@ def forward(axis_name: str, tree: Any, *leaves: jax.Array):
 
 
 def backward(axis_name: str, tree: Any, kept: Any, slope: Partial):
-  """Gradients of keys go round with the keys: P sends bring them home, P - 1 suffice for keys.
+  """Gradients of keys go round one hop behind the keys: P hops bring them home.
 
   Measured from the final peak, what each shard adds to `out` and `mass` does not depend on the
-  other shards, so that a hop computes its own sums again and pulls the same slopes back.
+  other shards, so that a hop computes its own sums again and pulls the same slopes back. What the
+  devices before have added arrives meanwhile.
   """
   leaves, peak = kept
+  leaves, slope = jax.lax.optimization_barrier((leaves, slope))  # keys of forward hops are not kept
   size = jax.lax.axis_size(axis_name)
   spec, q, q_tokens, (k, v, k_tokens) = tree.unflatten(leaves)
   here, structure = jax.tree.flatten((spec, q))
@@ -104,25 +124,31 @@ def backward(axis_name: str, tree: Any, kept: Any, slope: Partial):
     p = rebase(see(spec, q, q_tokens, (k, v, k_tokens)), peak)
     return p.out, p.mass
 
-  def pull(slopes, keys):
-    """The slopes with those that this shard of keys adds."""
+  def pull(sent, keys):
+    """What is sent onwards while the sums are computed again, and their pullback."""
     k, v, k_tokens = keys
     moved = [x for x, m in zip(here, moves) if m]
     _, back = jax.vjp(lambda *x: sums(*x, k_tokens), moved, k, v)
-    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), slopes, back((slope.out, slope.mass)))
+    sent, back = meanwhile(onward(sent, axis_name), back)
+    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return sent, lambda: jax.tree.map(wide, back((slope.out, slope.mass)))
 
-  def hop(_, carry):
-    (d_here, *d_keys), keys = carry
-    after = onward(keys, axis_name)
-    d_here, *d_keys = pull((d_here, *d_keys), keys)
-    return (d_here, *onward(d_keys, axis_name)), after
+  def hop(sent, keys, slopes):
+    """What is sent onwards, and the slopes with those of this shard."""
+    d_here, *d_keys = slopes
+    sent, back = pull(sent, keys)
+    d_keys, mine = meanwhile(onward(d_keys, axis_name), back())
+    return sent, jax.tree.map(jnp.add, (d_here, *d_keys), mine)
 
-  wide = lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32))
-  zero = jax.tree.map(wide, ([x for x, m in zip(here, moves) if m], k, v))
-  carry = (varying(zero, leaves), (k, v, k_tokens))
-  slopes, keys = jax.lax.fori_loop(0, size - 1, hop, carry)
-  d_here, *d_keys = pull(slopes, keys)
-  d_k, d_v = onward(d_keys, axis_name) if size > 1 else d_keys
+  keys = (k, v, k_tokens)
+  if size == 1:
+    d_here, d_k, d_v = pull((), keys)[1]()
+  else:
+    after, back = pull(keys, keys)
+    step = lambda _, carry: hop(carry[0], *carry)
+    keys, slopes = jax.lax.fori_loop(1, size - 1, step, (after, back()))
+    _, (d_here, *d_keys) = hop((), keys, slopes)
+    d_k, d_v = onward(d_keys, axis_name)
   rest = iter(d_here)
   d_here = [next(rest) if m else None for m in moves]
   tokens = [None] * len(jax.tree.leaves(q_tokens))
@@ -143,9 +169,29 @@ def see(spec: AttentionSpec, q: jax.Array, q_tokens: Tokens, keys: Keys) -> Part
 
 
 def onward(tree: Any, axis_name: str) -> Any:
-  """What the device before this one had."""
+  """What the device before this one had; integers, which are small, come in one message."""
   size = jax.lax.axis_size(axis_name)
-  return jax.lax.ppermute(tree, axis_name, [(i, (i + 1) % size) for i in range(size)])
+  leaves, structure = jax.tree.flatten(tree)
+  messages: dict[Any, list[int]] = {}
+  for i, x in enumerate(leaves):
+    alike = (x.shape, x.dtype) if jnp.issubdtype(x.dtype, jnp.integer) else i
+    messages.setdefault(alike, []).append(i)
+  for places in messages.values():
+    message = jnp.stack([leaves[i] for i in places])
+    message = jax.lax.ppermute(message, axis_name, [(i, (i + 1) % size) for i in range(size)])
+    for i, x in zip(places, message, strict=True):
+      leaves[i] = x
+  return structure.unflatten(leaves)
+
+
+def meanwhile(sent: Any, done: Any) -> tuple[Any, Any]:
+  """Both, of which neither is used before both are there.
+
+  A compiler that hides the latency of a hop looks for work between its start and its end. What is
+  done with the results afterwards is work too, and too little of it: behind the barrier it does not
+  count, so that the tiles of the shard are what is left.
+  """
+  return jax.lax.optimization_barrier((sent, done))
 
 
 def striped(length: int, size: int) -> np.ndarray:

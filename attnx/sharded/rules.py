@@ -1,12 +1,15 @@
-"""Where arrays live: paths of parameters to shardings. The only place that names mesh axes.
+"""Where arrays live: a mesh of devices, and paths of parameters to shardings.
 
-Data parallelism and FSDP are one rule: a batch is split over every axis, parameters and optimiser
-states over "fsdp", and XLA inserts the collectives.
+A batch is split by rows over "data" and "fsdp" and by tokens over "seq"; parameters and optimiser
+states are split over "tensor", by heads and hidden channels, and over "fsdp", which is only where
+they are kept. XLA inserts the collectives; what mixes tokens is told how by `sharded.sequence`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+import functools
+import math
 import re
 from typing import Any
 
@@ -14,26 +17,39 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "tensor", "seq")
+ROWS = ("data", "fsdp")  # of a batch
 SMALLEST = 2**12  # elements; splitting less costs more in messages than it saves in memory
+TENSOR = (  # of the models: which axis, counted from the last, has heads or hidden channels
+  (r"(mixer|cross)\.(query|key|value|gate)\.kernel$", 2),  # (D, N, H)
+  (r"(mixer|cross)\.out\.kernel$", 3),  # (N, V, D)
+  (r"mlp\.(gate|up)\.kernel$", 1),  # (D, F)
+  (r"mlp\.out\.kernel$", 2),  # (F, D)
+  (r"embed\.embedding$", 2),  # (V, D)
+  (r"readout\.kernel$", 1),  # (D, V)
+)
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
-  """A mesh of every device of every process.
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, seq: int = 1) -> Mesh:
+  """A mesh of every device of every process; neighbours share a sequence, then tensors.
 
   Args:
     data: copies of the parameters; -1 for as many as the devices allow.
-    fsdp: devices that share one copy.
+    fsdp: devices that share one copy, each with rows of its own.
+    tensor: devices that share the heads and hidden channels of the same rows.
+    seq: devices that share the tokens of the same rows.
 
   Raises:
     ValueError: the product is not the number of devices.
   """
-  count = jax.device_count()
-  if data == -1 and fsdp > 0:
-    data = count // fsdp
-  if data < 1 or fsdp < 1 or data * fsdp != count:
-    raise ValueError(f"mesh data={data} times fsdp={fsdp} must be the {count} devices there are")
-  return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+  count, others = jax.device_count(), (fsdp, tensor, seq)
+  if data == -1 and min(others) > 0:
+    data = count // math.prod(others)
+  sizes = dict(zip(AXES, (data, *others), strict=True))
+  if min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
+    told = " times ".join(f"{name}={size}" for name, size in sizes.items())
+    raise ValueError(f"mesh {told} must be the {count} devices there are")
+  return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def name(path: Sequence[Any]) -> str:
@@ -44,8 +60,8 @@ def name(path: Sequence[Any]) -> str:
 def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, Sequence[str | None]]] = ()) -> Any:
   """A NamedSharding for every leaf: of the first rule that its path matches, else the default.
 
-  The default splits the longest axis that "fsdp" divides, the last of several, if the array has
-  at least 4096 elements.
+  The default, for arrays of at least 4096 elements, splits heads and hidden channels over "tensor"
+  as `TENSOR` says, and over "fsdp" the longest other axis that it divides, the last of several.
 
   Args:
     tree: arrays or ShapeDtypeStructs.
@@ -62,7 +78,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, Sequence[str | N
     for pattern, axes in compiled:
       if pattern.search(name(path)):
         return NamedSharding(mesh, fitting(name(path), x.shape, axes, mesh))
-    return NamedSharding(mesh, default(x.shape, mesh.shape["fsdp"]))
+    return NamedSharding(mesh, default(name(path), x.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
@@ -78,13 +94,20 @@ def parsed(rule: Any) -> tuple[re.Pattern[str], tuple[Any, ...]]:
   raise ValueError(f"a sharding rule is a pair (pattern, axes), such as ('bias', ()); got {rule!r}")
 
 
-def default(shape: tuple[int, ...], parts: int) -> PartitionSpec:
-  """Splits the longest axis that can be split, or nothing."""
-  axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
-  if parts == 1 or not axes or np.prod(shape) < SMALLEST:
+def default(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+  """What `TENSOR` says of the path, and "fsdp" on the longest other axis that can be split."""
+  axes: list[str | None] = [None] * len(shape)
+  if math.prod(shape) < SMALLEST:
     return PartitionSpec()
-  longest = max(axes, key=lambda axis: (shape[axis], axis))
-  return PartitionSpec(*("fsdp" if axis == longest else None for axis in range(longest + 1)))
+  for pattern, last in TENSOR:
+    if re.search(pattern, path) and last <= len(shape) and mesh.shape["tensor"] > 1:
+      axes[-last] = "tensor" if shape[-last] % mesh.shape["tensor"] == 0 else None
+  free = [i for i, n in enumerate(shape) if axes[i] is None and n % mesh.shape["fsdp"] == 0]
+  if mesh.shape["fsdp"] > 1 and free:
+    axes[max(free, key=lambda i: (shape[i], i))] = "fsdp"
+  while axes and axes[-1] is None:
+    axes.pop()
+  return PartitionSpec(*axes)
 
 
 def fitting(
@@ -108,7 +131,46 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def rows(mesh: Mesh) -> int:
+  """How many devices, or groups of devices, share the rows of a batch."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+@functools.lru_cache
+def share(mesh: Mesh) -> tuple[int, int]:
+  """Which part of the rows of a batch this process loads, and how many parts there are.
+
+  Processes whose devices share the tokens or the heads of the same rows load the same part.
+
+  Raises:
+    ValueError: the mesh deals rows out to processes unevenly.
+  """
+  groups = mesh.devices.reshape(rows(mesh), -1)
+  here = [i for i, g in enumerate(groups) if any(d.process_index == jax.process_index() for d in g)]
+  count = len(here)
+  if here != [*range(here[0], here[0] + count)] or here[0] % count or len(groups) % count:
+    raise ValueError(
+      f"{len(groups)} shares of a batch do not fall evenly on {jax.process_count()} processes;"
+      " choose data times fsdp as a multiple or a divisor of the number of processes"
+    )
+  return here[0] // count, len(groups) // count
+
+
 def place(batch: Any, mesh: Mesh) -> Any:
-  """Arrays of this process' rows to global arrays whose rows are spread over all devices."""
-  sharding = NamedSharding(mesh, PartitionSpec(AXES))
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+  """Arrays of this process' share of the rows to global arrays, spread over the mesh.
+
+  Rows go over "data" and "fsdp"; the tokens of (B, T) arrays over "seq".
+  """
+  index, count = share(mesh)
+
+  def put(x):
+    axes = (ROWS, "seq") if x.ndim == 2 and x.shape[1] % mesh.shape["seq"] == 0 else (ROWS,)
+    shape, begin = (len(x) * count, *x.shape[1:]), len(x) * index
+
+    def piece(where):
+      first, last, _ = where[0].indices(shape[0])
+      return x[(slice(first - begin, last - begin), *where[1:])]
+
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, PartitionSpec(*axes)), piece)
+
+  return jax.tree.map(put, jax.tree.map(np.asarray, batch))

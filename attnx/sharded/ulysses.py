@@ -26,8 +26,8 @@ def ulysses_attend(
   q_tokens: Tokens,
   k_tokens: Tokens,
   axis_name: str,
-  inside: Callable[..., jax.Array] = attend,
-) -> jax.Array:
+  inside: Callable[..., Any] = attend,
+) -> Any:
   """`attend` of N / P heads over all tokens on each device, inside `jax.shard_map`.
 
   Four exchanges, all to all, of B T N H / P numbers or fewer: queries, keys and values to heads,
@@ -44,7 +44,8 @@ def ulysses_attend(
     k_tokens: where the keys of the shard sit, likewise.
     axis_name: the mesh axis of the exchange.
     inside: what attends once tokens are together. `ring_attend` over another axis of the mesh, with
-      its `axis_name` given, is the hybrid in which tokens are sharded over both axes.
+      its `axis_name` given, is the hybrid in which tokens are sharded over both axes;
+      `attend_partial` makes a `Partial` of the result.
 
   Returns:
     (B, T / P, N, V) in the dtype of `value`, sharded as the queries are.
@@ -66,18 +67,21 @@ def ulysses_attend(
     lambda x: jax.lax.all_gather(jnp.asarray(x), axis_name, axis=1, tiled=True), tokens
   )
   out = inside(
-    query, key, value, numbered(spec, first),
+    query, key, value, numbered(spec, head=first),
     q_tokens=together(q_tokens), k_tokens=together(k_tokens),
   )  # fmt: skip
-  return exchange(out, 1, 2)
+  return jax.tree.map(lambda x: exchange(x, 1, 2), out)
 
 
-def numbered(spec: AttentionSpec, first: jax.Array) -> AttentionSpec:
-  """The spec for heads of which the first is number `first` of all."""
-  wrap = lambda kind, parts: tuple(kind(part, first) for part in parts)
+def numbered(
+  spec: AttentionSpec, *, batch: jax.Array | int = 0, head: jax.Array | int = 0
+) -> AttentionSpec:
+  """The spec for rows and heads of which the first are number `batch` and `head` of all."""
+  first = jnp.asarray(batch, jnp.int32), jnp.asarray(head, jnp.int32)
+  wrap = lambda kind, parts: tuple(kind(part, *first) for part in parts)
   return dataclasses.replace(
     spec,
-    mask=NumberedMask(spec.mask, first),
+    mask=NumberedMask(spec.mask, *first),
     transforms=wrap(NumberedTransform, spec.transforms),
     edits=wrap(NumberedTransform, spec.edits),
     readouts=wrap(NumberedReadout, spec.readouts),
@@ -85,10 +89,12 @@ def numbered(spec: AttentionSpec, first: jax.Array) -> AttentionSpec:
 
 
 class Numbered:
-  """A part of a spec, `inner`, that sees heads from number `first` on."""
+  """A part of a spec, `inner`, that sees rows and heads from these numbers on."""
 
+  by_place = None  # arrays of places belong to the larger call
   inner: Any
-  first: jax.Array
+  batch: jax.Array
+  head: jax.Array
 
   @property
   def needs(self) -> frozenset[str]:
@@ -96,7 +102,8 @@ class Numbered:
 
   def __call__(self, *given: Any) -> jax.Array:
     *read, q, k = given  # scores, weights or nothing comes before the tokens
-    return self.inner(*read, dataclasses.replace(q, head=q.head + self.first), k)
+    q = dataclasses.replace(q, batch=q.batch + self.batch, head=q.head + self.head)
+    return self.inner(*read, q, k)
 
 
 @struct.dataclass
@@ -104,7 +111,8 @@ class NumberedMask(Numbered, Mask):
   """`inner`, a mask."""
 
   inner: Mask
-  first: jax.Array
+  batch: jax.Array
+  head: jax.Array
 
   def block(self, q: Span, k: Span) -> Block:
     return self.inner.block(q, k)
@@ -115,7 +123,8 @@ class NumberedTransform(Numbered, Transform):
   """`inner`, a transform."""
 
   inner: Transform
-  first: jax.Array
+  batch: jax.Array
+  head: jax.Array
 
   def table(self, query: jax.Array) -> jax.Array | None:
     return self.inner.table(query)
@@ -126,4 +135,5 @@ class NumberedReadout(Numbered, Readout):
   """`inner`, a readout."""
 
   inner: Readout
-  first: jax.Array
+  batch: jax.Array
+  head: jax.Array

@@ -75,7 +75,7 @@ def train(
         checkpoints.check()
         if step % checkpoints.every == 0 or last or stopping:
           watch.settle()  # what is saved is known to be finite
-          here = dict(data=everyone(batches.get_state()), seconds=watch.seconds())
+          here = dict(data=states(plan, batches), seconds=watch.seconds())
           checkpoints.save(step, named(state), here)
       if profile:
         trace(step - begin, workdir, last or stopping is not None)
@@ -101,11 +101,14 @@ def start(plan: Plan, checkpoints: Checkpoints | None) -> tuple[Any, Any, int, f
   step, arrays, host = found
   if step > plan.config["steps"]:
     raise Mistake(f"the run is at step {step} already, beyond config.steps={plan.config['steps']}")
-  count, index = jax.process_count(), jax.process_index()
-  if len(states := host["data"]) != count and any(state != states[0] for state in states):
-    raise Mistake(f"each of {len(states)} processes packed its own rows; {count} cannot go on")
+  index, count = rules.share(plan.mesh)
+  if len(saved := host["data"]) != count and any(state != saved[0] for state in saved):
+    raise Mistake(
+      f"the rows of the batches were packed in {len(saved)} shares by as many processes; {count}"
+      " shares cannot go on"
+    )
   with plans.mistakes("config.data"):
-    batches.set_state(states[index] if len(states) == count else states[0])
+    batches.set_state(saved[index] if len(saved) == count else saved[0])
   state = jax.tree.unflatten(jax.tree.structure(plan.state), [arrays[x] for x in named(plan.state)])
   return state, batches, step, host["seconds"]
 
@@ -113,6 +116,13 @@ def start(plan: Plan, checkpoints: Checkpoints | None) -> tuple[Any, Any, int, f
 def named(tree: Any) -> dict[str, Any]:
   """Leaves by dotted path, in their order."""
   return {rules.name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def states(plan: Plan, batches: Any) -> list[Any]:
+  """Where each share of the rows is in its data; processes with the same share are there together."""
+  index, count = rules.share(plan.mesh)
+  found = dict(everyone([index, batches.get_state()]))
+  return [found[i] for i in range(count)]
 
 
 def everyone(local: Any) -> list[Any]:

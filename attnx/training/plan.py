@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import optax
 
 from attnx import data, models
-from attnx.sharded import rules
+from attnx.sharded import rules, sequence
 from attnx.training import config as configs
 from attnx.training import devices, optimizer, step
 from attnx.training.checkpoint import Checkpoints
@@ -59,7 +59,7 @@ class Plan:
 
   def batches(self, split: str):
     """This process' batches."""
-    config, index, count = self.config, jax.process_index(), jax.process_count()
+    config, (index, count) = self.config, rules.share(self.mesh)
     return data.batches(
       config["data"], split=split, seed=config["seed"], process_index=index, process_count=count
     )
@@ -111,7 +111,7 @@ def make(config: Mapping[str, Any]) -> Plan:
     first = next(data.batches(config["data"], split="train", seed=config["seed"]))
   with mistakes("config.mesh"):
     mesh = rules.make_mesh(**config["mesh"])
-    spread(config, mesh)
+    spread(config, mesh, about)
   with mistakes("config.model"):
     build = lambda: models.build(config["model"], rngs=nnx.Rngs(0))
     graph = nnx.split(nnx.eval_shape(build), nnx.Param, ...)[0]
@@ -125,16 +125,23 @@ def make(config: Mapping[str, Any]) -> Plan:
   batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
   plan = Plan(config, about, mesh, graph, transformation, schedule, state, batch)
   with mistakes("config.model"):
-    return dataclasses.replace(plan, flops=work(plan))
+    plan = dataclasses.replace(plan, flops=work(plan))
+    with sequence.over(mesh):  # what cannot go over devices says so now
+      jax.eval_shape(learned(plan), plan.state, plan.batch)
+    return plan
 
 
-def spread(config: Mapping[str, Any], mesh: Mesh) -> None:
+def spread(config: Mapping[str, Any], mesh: Mesh, about: data.Description) -> None:
   """Refuses batches that the devices cannot share."""
-  rows, parts = config["data"]["batch"], config["accumulate"]
-  if rows % (parts * mesh.size):
+  rows, parts, shares = config["data"]["batch"], config["accumulate"], rules.rows(mesh)
+  rules.share(mesh)
+  if rows % (parts * shares):
     raise ValueError(
-      f"data.batch={rows} must be a multiple of {mesh.size} devices times accumulate={parts}"
+      f"data.batch={rows} must be a multiple of the {shares} devices of data times fsdp, times"
+      f" accumulate={parts}"
     )
+  if (seq := mesh.shape["seq"]) > 1 and (about.length is None or about.length % seq):
+    raise ValueError(f"seq={seq} must divide the length of the data, {about.length}")
 
 
 def work(plan: Plan) -> float:
@@ -142,13 +149,17 @@ def work(plan: Plan) -> float:
 
   What rematerialisation computes again is not counted.
   """
-  run = lambda s, b: step.learning(plan.model(s["params"], s["rest"]), b)
-  jaxpr, (logits, *_) = jax.make_jaxpr(run, return_shape=True)(plan.state, plan.batch)
+  jaxpr, (logits, *_) = jax.make_jaxpr(learned(plan), return_shape=True)(plan.state, plan.batch)
   classes = plan.about.vocab if plan.about.kind == "tokens" else plan.about.classes
   wanted = (*plan.batch["targets"].shape, classes)
   if logits.shape != wanted:
     raise ValueError(f"the model's outputs are {logits.shape}, and the data want {wanted}")
   return 3 * devices.flops(jaxpr.jaxpr)
+
+
+def learned(plan: Plan) -> Callable[[Any, Any], Any]:
+  """(state, batch) to what `step.learning` gives."""
+  return lambda state, batch: step.learning(plan.model(state["params"], state["rest"]), batch)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import optax
 
 from attnx.core.tokens import Tokens
 from attnx.nn.aside import Sums, moved, with_asides
-from attnx.sharded import rules
+from attnx.sharded import rules, sequence
 from attnx.training.config import Mistake
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def updater(plan: Plan) -> Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params, part, key):
-      logits, added, sums = learning(plan.model(params, rest), part, key)
+      with sequence.over(plan.mesh):
+        logits, added, sums = learning(plan.model(params, rest), part, key)
       return nats(logits, part) / total + added / parts, sums
 
     if parts == 1:
@@ -112,7 +113,8 @@ class Evaluation:
 
     @jax.jit
     def sums(params, rest, batch):
-      logits = forward(plan.model(params, rest), batch)
+      with sequence.over(plan.mesh):
+        logits = forward(plan.model(params, rest), batch)
       hits = (logits.argmax(-1) == batch["targets"]) * batch["weights"]
       return jnp.stack([nats(logits, batch), hits.sum(), batch["weights"].sum()])
 

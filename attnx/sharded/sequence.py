@@ -1,0 +1,221 @@
+"""Models whose sequences are shared by devices: what mixes tokens goes over a mesh, unseen by it.
+
+Inside of `over(mesh)` arrays are whole, as everywhere outside of `jax.shard_map`, and XLA splits
+what works on each token alone. Attention and recurrences, which XLA would gather, run by the
+functions of this package instead: attention as a ring, or as a tree where that sends less; where a
+normaliser wants whole rows by heads, or over keys that are gathered; recurrences by a scan over
+devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import contextlib
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+import jax.numpy as jnp
+
+from attnx.attention import AttentionSpec, attend_partial
+from attnx.attention.api import check
+from attnx.attention.partial import Partial
+from attnx.attention.spec import Need
+from attnx.core.instead import replacing
+from attnx.core.tokens import Tokens
+from attnx.recurrence import convolution, delta, diagonal, linear
+from attnx.sharded import scan
+from attnx.sharded.ring import ring_partial
+from attnx.sharded.rules import ROWS, rows
+from attnx.sharded.tree import merge_tree
+from attnx.sharded.ulysses import numbered, ulysses_attend
+
+SEQ, TENSOR = "seq", "tensor"
+
+
+def over(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+  """Attention and recurrences that are traced inside run over the axes of a mesh of `rules`.
+
+  Values are those of one device but for rounding. Rows are split over "data" and "fsdp", tokens
+  over "seq", heads over "tensor", each where it divides them; tokens of attention always. A
+  recurrence over tokens that "seq" does not divide is left to XLA.
+
+  Example:
+    >>> with over(make_mesh(seq=8)):                          # doctest: +SKIP
+    ...   logits = jax.jit(model)(ids)
+  """
+  if mesh.shape[SEQ] == mesh.shape[TENSOR] == 1:
+    return contextlib.nullcontext()
+  table: dict[Any, Callable] = {attend_partial: functools.partial(attention, mesh)}
+  for function, how in RECURRENCES.items():
+    table[function] = functools.partial(recurrence, mesh, function, how)
+  return replacing(table)
+
+
+def way(query: Any, key: Any, value: Any, spec: AttentionSpec, size: int, parts: int = 1) -> str:
+  """How attention goes over `size` devices: "alone", "heads", "gather", "tree" or "ring".
+
+  A tree sends what is read, in float32, twice; a ring the keys and values. Whole rows of keys meet
+  where heads are dealt out, or else where every device gathers the keys.
+
+  Args:
+    query, key, value, spec: as for `attend`.
+    size: devices that share the tokens.
+    parts: devices that share the heads of each of these.
+  """
+  (_, T, N, H), (_, S, K, V) = query.shape, value.shape
+  if size == 1:
+    return "alone"
+  if Need.ROW in spec.needs:
+    N, K = N // parts, max(K // parts, 1)
+    dealt = N % size == 0 and (K % size == 0 or size % K == 0) and Need.HEADS not in spec.needs
+    return "heads" if dealt else "gather"
+  tree, ring = 2 * T * N * (V + 3) * 4, S * K * (H + V) * value.dtype.itemsize
+  return "tree" if T < size or tree <= ring else "ring"
+
+
+def attention(
+  mesh: Mesh,
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  spec: AttentionSpec,
+  *,
+  q_tokens: Tokens | None = None,
+  k_tokens: Tokens | None = None,
+  implementation: str = "auto",
+) -> Partial:
+  """`attend_partial` of whole arrays, over a mesh."""
+  check(query, key, value, spec, q_tokens, k_tokens)
+  (B, T, N, _), K = query.shape, key.shape[2]
+  size, parts = mesh.shape[SEQ], mesh.shape[TENSOR]
+  batch = ROWS if B % rows(mesh) == 0 else None
+  heads = None
+  if N % parts == 0 and (K % parts == 0 or parts % K == 0) and Need.HEADS not in spec.needs:
+    heads, (key, value) = TENSOR, (jnp.repeat(x, max(parts // K, 1), axis=2) for x in (key, value))
+  how = way(query, key, value, spec, size, 1 if heads is None else parts)
+  whole = (("alone", "tree"), ("alone", "gather"))
+  q_axis, k_axis = (None if how in ways else SEQ for ways in whole)
+  query, q_tokens = filled(query, q_tokens, size if q_axis else 1)
+  (key, value), k_tokens = filled((key, value), k_tokens, size if k_axis else 1)
+  places = lambda tokens, axis: jax.tree.map(
+    lambda x: PartitionSpec(batch if x.shape[0] > 1 else None, axis), tokens
+  )
+
+  def body(query, key, value, spec, q_tokens, k_tokens):
+    first = lambda axis, count: jax.lax.axis_index(axis) * count if axis is not None else 0
+    spec = numbered(
+      spec, batch=first(batch, query.shape[0]), head=first(heads, query.shape[2])
+    )
+    tokens = dict(q_tokens=q_tokens, k_tokens=k_tokens)
+    inside = functools.partial(attend_partial, implementation=implementation)
+    if how == "ring":
+      return ring_partial(query, key, value, spec, **tokens, axis_name=SEQ)
+    if how == "heads":
+      return ulysses_attend(query, key, value, spec, **tokens, axis_name=SEQ, inside=inside)
+    mine = inside(query, key, value, spec, **tokens)
+    return merge_tree(mine, SEQ) if how == "tree" else mine
+
+  q_place, k_place = (PartitionSpec(batch, axis, heads) for axis in (q_axis, k_axis))
+  p = jax.shard_map(
+    body,
+    mesh=mesh,
+    in_specs=(
+      q_place, k_place, k_place, PartitionSpec(),
+      places(q_tokens, q_axis), places(k_tokens, k_axis),
+    ),
+    out_specs=q_place,
+  )(query, key, value, spec, q_tokens, k_tokens)  # fmt: skip
+  return jax.tree.map(lambda x: x[:, :T], p)
+
+
+def filled(arrays: Any, tokens: Tokens | None, size: int) -> tuple[Any, Tokens]:
+  """Arrays (B, L, ...) and their tokens, with places that hold nothing up to a multiple of size."""
+  length = jax.tree.leaves(arrays)[0].shape[1]
+  tokens = jax.tree.map(jnp.asarray, Tokens.of_length(length) if tokens is None else tokens)
+  if not (more := -length % size):
+    return arrays, tokens
+  fill = lambda x, with_: jnp.pad(
+    x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)], constant_values=with_
+  )
+  empty = Tokens(index=0, position=-1, segment=0)  # type: ignore[arg-type]
+  arrays = jax.tree.map(lambda x: fill(x, 0), arrays)
+  return arrays, jax.tree.map(fill, tokens, empty)
+
+
+class Recurrence(NamedTuple):
+  """How arrays of a function of `attnx.recurrence` lie: B rows, T tokens, N heads, others whole.
+
+  Attributes:
+    over: the function of `sharded.scan` that is the same for shards.
+    arguments: what the last axes of each array are, the first of which is (B, T, ...); of two
+      readings that of as many axes.
+    outputs: what the axes of the outputs are.
+  """
+
+  over: Callable
+  arguments: Mapping[str, str | tuple[str, str]]
+  outputs: Any
+
+
+HEADS: dict[str, Any] = dict(
+  q="BTNH", k="BTNH", v="BTNH", log_decay="BTNH", state="BNHV", segment="BT"
+)
+RECURRENCES: dict[Any, Recurrence] = {
+  linear.linear_attention: Recurrence(
+    scan.linear_attention, HEADS | dict(bonus="NH"), ("BTNV", "BNHV")
+  ),
+  delta.delta_rule: Recurrence(
+    scan.delta_rule, HEADS | dict(beta="BTN", log_decay=("BTNH", "BTN")), ("BTNV", "BNHV")
+  ),
+  diagonal.diagonal_scan: Recurrence(
+    scan.diagonal_scan, dict(b="BT...", a="BT...", state="B...", segment="BT"), ("BT...", "B...")
+  ),
+  convolution.long_convolution: Recurrence(
+    scan.long_convolution, dict(x="BTD", kernel="LD", segment="BT"), "BTD"
+  ),
+}
+
+
+def recurrence(mesh: Mesh, function: Callable, how: Recurrence, *args: Any, **kwargs: Any) -> Any:
+  """A function of `attnx.recurrence` of whole arrays, over a mesh."""
+  given = inspect.signature(function).bind(*args, **kwargs).arguments
+  arrays = {
+    name: jnp.asarray(x) for name, x in given.items() if name in how.arguments and x is not None
+  }
+  options = {name: x for name, x in given.items() if name not in how.arguments}
+  alone = functools.partial(inspect.unwrap(function), **options)
+  like = arrays[next(iter(how.arguments))]
+  size, parts = mesh.shape[SEQ], mesh.shape[TENSOR]
+  channels = like.shape[2] if how.over is scan.long_convolution else size  # that are exchanged
+  if like.shape[1] % size or channels % size:
+    return alone(**arrays)
+  split: dict[str, Any] = dict(T=SEQ) if size > 1 else {}
+  if like.shape[0] % rows(mesh) == 0:
+    split["B"] = ROWS
+  if not any(arrays[name].shape[2] % parts for name in "qkv" if name in arrays):
+    split["N"] = TENSOR
+
+  def place(layout: Any, x: Any) -> PartitionSpec:
+    layout = layout if isinstance(layout, str) else layout[x.ndim == len(layout[1])]
+    axes = layout.replace("...", "." * (like.ndim - 2))[-x.ndim :]
+    return PartitionSpec(*(split.get(axis) if n > 1 else None for axis, n in zip(axes, x.shape)))
+
+  def body(arrays):
+    if size == 1:
+      return alone(**arrays)
+    out = how.over(**arrays, **options, axis_name=SEQ)
+    if isinstance(how.outputs, str):
+      return out
+    last = jax.lax.axis_index(SEQ) == size - 1
+    return out[0], jax.lax.psum(jnp.where(last, out[1], 0), SEQ)
+
+  run = jax.shard_map(
+    body,
+    mesh=mesh,
+    in_specs=({name: place(how.arguments[name], x) for name, x in arrays.items()},),
+    out_specs=jax.tree.map(place, how.outputs, jax.eval_shape(lambda x: alone(**x), arrays)),
+  )
+  return run(arrays)
