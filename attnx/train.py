@@ -30,6 +30,12 @@ def command_line() -> flags.FlagValues:
     (flags.DEFINE_string, "coordinator", None, "host:port of process 0, for several processes."),
     (flags.DEFINE_integer, "num_processes", None, "How many processes there are."),
     (flags.DEFINE_integer, "process_id", None, "Which of them this is, from 0."),
+    (
+      flags.DEFINE_float,
+      "patience",
+      45.0,
+      "Seconds of silence after which another process counts as gone, and all end.",
+    ),
     (flags.DEFINE_bool, "traceback", False, "Show where a mistake was found."),
     (flags.DEFINE_bool, "help", False, "Show this."),
   )
@@ -82,6 +88,21 @@ class Signals:
     return None if self.received is None else self.received.name
 
 
+def remains(workdir: pathlib.Path | None) -> str:
+  """What a run goes on from that ends here and now."""
+  if workdir is None:
+    return "without a workdir nothing is kept"
+  where = workdir / "checkpoints"
+  names = [p.name for p in where.iterdir()] if where.is_dir() else []
+  steps = sorted(int(name) for name in names if name.isdecimal())
+  if not steps:
+    return f"no checkpoint is in {where} yet; started again, the run begins anew"
+  return (
+    f"whole checkpoints in {where}: {', '.join(map(str, steps))}; started again, with these "
+    f"processes or with those that are left, the run goes on from step {steps[-1]}"
+  )
+
+
 def main(argv: Sequence[str]) -> int:
   try:
     values, rest = parse(argv)
@@ -92,11 +113,17 @@ def main(argv: Sequence[str]) -> int:
       raise configs.Mistake("say what to train: --config FILE")
     interrupted = Signals()
     config = configs.override(configs.load(values.config), rest)
-    from attnx.training import checkpoint, devices, loop  # here, so that --help is instant
+    from attnx.training import checkpoint, loop, processes  # here, so that --help is instant
 
-    devices.start(values.coordinator, values.num_processes, values.process_id)
     workdir = pathlib.Path(values.workdir) if values.workdir else None
-    with checkpoint.writing(workdir):
+    with processes.guarded(
+      values.coordinator,
+      values.num_processes,
+      values.process_id,
+      program="attnx.train",
+      lost=lambda: remains(workdir),
+      patience=values.patience,
+    ), checkpoint.writing(workdir):
       loop.train(config, workdir, interrupted=interrupted, profile=values.profile)
     return 0
   except configs.Mistake as mistake:

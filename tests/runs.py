@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 from typing import Any
@@ -50,18 +51,47 @@ def main(file: pathlib.Path, *arguments: Any) -> int:
 
 
 def start(
-  file: pathlib.Path, *arguments: Any, devices: int = 1, doomed: bool = False
+  file: pathlib.Path, *arguments: Any, devices: int = 1, doomed: bool = False, after: str = ""
 ) -> subprocess.Popen:
-  """The command in a process of its own; one that is `doomed` to be killed fills no cache."""
+  """The command in a process of its own, perhaps after some code in Python.
+
+  One that is `doomed` to be killed fills no cache.
+  """
   flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
   environment = os.environ | dict(
     XLA_FLAGS=flags,  # otherwise those of this process, whose results it may have to equal
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9" if doomed else "0",
   )
-  command = [sys.executable, "-m", "attnx.train", f"--config={file}", *map(str, arguments)]
+  code = f"{after}\nimport sys, attnx.train\nsys.exit(attnx.train.main(['train', *sys.argv[1:]]))"
+  command = [sys.executable, *(("-c", code) if after else ("-m", "attnx.train"))]
+  command += [f"--config={file}", *map(str, arguments)]
   return subprocess.Popen(
     command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
   )
+
+
+def free_port() -> int:
+  with socket.socket() as listener:
+    listener.bind(("127.0.0.1", 0))
+    return listener.getsockname()[1]
+
+
+def together(
+  file: pathlib.Path,
+  *arguments: Any,
+  count: int = 2,
+  devices: int = 4,
+  after: dict[int, str] | None = None,
+) -> list[subprocess.Popen]:
+  """The command in several processes, some of them after some code."""
+  where = [f"--coordinator=127.0.0.1:{free_port()}", f"--num-processes={count}"]
+  code = after or {}
+  return [
+    start(
+      file, *where, f"--process-id={i}", *arguments, devices=devices, after=code.get(i, ""),
+    )
+    for i in range(count)
+  ]  # fmt: skip
 
 
 @contextlib.contextmanager

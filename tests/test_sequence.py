@@ -4,6 +4,8 @@ import functools
 import math
 import re
 
+import hypothesis
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +87,35 @@ def test_attention_over_a_mesh_is_attention(name, spec, lengths, sizes):
   run = lambda q, k, v, spec: attend(q, k, v, spec, **tokens)
   moving = lambda q, k, v: run(q, k, v, spec)
   actual, expected = (evaluate(moving, (q, k, v), over) for over in (mesh(**sizes), None))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, **CLOSE), actual, expected)
+
+
+MESH = st.tuples(*[st.sampled_from([1, 2, 4])] * 3).filter(lambda sizes: 8 % math.prod(sizes) == 0)
+SPECS = {
+  name: AttentionSpec(mask, normaliser=specs.instance("normalisers", normaliser), scale=scale)
+  for name, mask, normaliser, scale in (
+    ("causal", masks.Causal(), "softmax", None),
+    ("documents", registry.build("masks", "same_segment"), "sigmoid", 0.3),
+    ("window", masks.Window(3, 2), "relu", None),
+    ("rows", masks.Everything(), "entmax15", None),
+  )
+}
+
+
+@hypothesis.settings(derandomize=True, max_examples=12, deadline=None, database=None)
+@hypothesis.given(
+  sizes=MESH, name=st.sampled_from(sorted(SPECS)), rows=st.integers(1, 4), t=st.integers(1, 20),
+  s=st.integers(1, 20), groups=st.sampled_from([1, 2, 4]),
+)  # fmt: skip
+def test_any_mesh_and_any_lengths_give_what_one_device_gives(sizes, name, rows, t, s, groups):
+  fsdp, tensor, seq = sizes
+  over = rules.make_mesh(fsdp=fsdp, tensor=tensor, seq=seq)
+  rng = np.random.default_rng(t)
+  shapes = ((rows, t, N, H), (rows, s, N // groups, H), (rows, s, N // groups, 3))
+  where = dict(q_tokens=specs.packed(t), k_tokens=specs.packed(s)) if rows == 2 else {}
+  run = lambda q, k, v: attend(q, k, v, SPECS[name], **where)
+  arrays = tuple(rng.standard_normal(shape) for shape in shapes)
+  actual, expected = (evaluate(run, arrays, mesh) for mesh in (over, None))
   jax.tree.map(functools.partial(np.testing.assert_allclose, **CLOSE), actual, expected)
 
 

@@ -74,11 +74,14 @@ class Model(nnx.Module):
     caches = self.stack.init_cache(batch, length)
     return dict(seen=jnp.zeros(batch, jnp.int32), blocks=caches)
 
-  def step(self, ids: jax.Array, cache: dict[str, Any], *, tokens: Tokens | None = None):
+  def step(
+    self, ids: jax.Array, cache: dict[str, Any], *, tokens: Tokens | None = None, last: bool = False
+  ):
     """The next ids (B, t) to logits (B, t, V), and the cache after them.
 
     `tokens` default to the positions after those seen; rows of a prompt that are shorter than the
-    others are padded on the left, with negative positions.
+    others are padded on the left, with negative positions. `last` asks for the logits of the last
+    token alone, (B, 1, V): those of a long prompt are larger than the model.
     """
     if tokens is None:
       position = cache["seen"][:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)
@@ -86,4 +89,5 @@ class Model(nnx.Module):
     x = self.vocabulary(ids, tokens)
     x, blocks = self.stack.step(x, cache["blocks"], tokens=tokens)
     seen = jnp.maximum(cache["seen"], tokens.position.max(1) + 1).astype(jnp.int32)
+    x = x[:, -1:] if last else x
     return self.vocabulary.logits(self.norm(x)), dict(seen=seen, blocks=blocks)

@@ -97,11 +97,17 @@ class Model(nnx.Module):
     )
     return dict(seen=jnp.zeros(batch, jnp.int32), blocks=caches)
 
-  def step(self, ids: jax.Array, cache: dict[str, Any], *, tokens: Tokens | None = None):
-    """The next target ids (B, t) to logits (B, t, V), and the cache after them."""
+  def step(
+    self, ids: jax.Array, cache: dict[str, Any], *, tokens: Tokens | None = None, last: bool = False
+  ):
+    """The next target ids (B, t) to logits (B, t, V), and the cache after them.
+
+    `last` asks for the logits of the last token alone, (B, 1, V).
+    """
     if tokens is None:
       position = cache["seen"][:, None] + jnp.arange(ids.shape[1], dtype=jnp.int32)
       tokens = Tokens(position, position, jnp.zeros_like(position))
     x, blocks = self.decoder.step(self.vocabulary(ids, tokens), cache["blocks"], tokens=tokens)
     seen = jnp.maximum(cache["seen"], tokens.position.max(1) + 1).astype(jnp.int32)
+    x = x[:, -1:] if last else x
     return self.vocabulary.logits(self.decoder_norm(x)), dict(seen=seen, blocks=blocks)

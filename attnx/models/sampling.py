@@ -115,7 +115,7 @@ def generate(
   position = jnp.where(position >= 0, position, -1)
   tokens = Tokens(jnp.maximum(position, 0), position, jnp.zeros_like(position))
   cache = model.init_cache(B, T + count) if cache is None else cache
-  logits, cache = model.step(ids, cache, tokens=tokens)
+  logits, cache = model.step(ids, cache, tokens=tokens, last=True)
 
   def next_token(carry, key):
     logits, cache = carry

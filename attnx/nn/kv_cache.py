@@ -87,9 +87,12 @@ class Cache:
     return heads, after
 
 
+BLOCK = 64  # tokens that stay together where slots are dealt out to shards
+
+
 @struct.dataclass
 class KVCache(Cache):
-  """Slots of keys and values; the token at position p has slot p mod L.
+  """Slots of keys and values; the token at position p has slot p mod L, or that of `slot`.
 
   Attributes:
     key: (B, L, K, H).
@@ -100,6 +103,8 @@ class KVCache(Cache):
     rolling: False: there is room for every token, and positions from L on give NaN, since JAX
       cannot raise here. True: the last L tokens are kept; a call attends to what was kept before it
       and to its own tokens, however many, and forgets afterwards.
+    shards: parts of L / shards slots each that take blocks of 64 tokens by turns, so that devices
+      which hold a part each are as full as each other while a text grows.
   """
 
   key: jax.Array
@@ -108,6 +113,7 @@ class KVCache(Cache):
   segment: jax.Array
   seen: jax.Array
   rolling: bool = struct.static(False)
+  shards: int = struct.static(1)
 
   @classmethod
   def empty(
@@ -120,10 +126,14 @@ class KVCache(Cache):
     *,
     dtype: Any = jnp.float32,
     rolling: bool = False,
+    shards: int = 1,
   ) -> KVCache:
-    """No tokens yet, and `length` slots."""
+    """No tokens yet, and `length` slots, or more where shards take whole blocks."""
     if length < 1:
       raise ValueError(f"length={length} must be at least 1: a cache without slots keeps nothing")
+    if shards < 1 or (rolling and shards > 1):
+      raise ValueError(f"shards={shards} must be at least 1, and 1 where slots are taken anew")
+    length += -length % (shards * BLOCK) if shards > 1 else 0
     return cls(
       key=jnp.zeros((batch, length, heads, key_dim), dtype),
       value=jnp.zeros((batch, length, heads, value_dim), dtype),
@@ -131,6 +141,7 @@ class KVCache(Cache):
       segment=jnp.zeros((batch, length), jnp.int32),
       seen=jnp.zeros(batch, jnp.int32),
       rolling=rolling,
+      shards=shards,
     )
 
   def kept(self):
@@ -145,7 +156,7 @@ class KVCache(Cache):
     tokens = in_every_row(tokens, batch)
     seen = seen_after(self.seen, tokens)
     kept = (tokens.position >= 0) & (tokens.position >= seen[:, None] - room)
-    slot = jnp.where(kept, tokens.position % room, room)  # beyond the last: dropped
+    slot = jnp.where(kept, self.slot(tokens.position), room)  # beyond the last: dropped
     put = lambda slots, x: slots.at[jnp.arange(batch)[:, None], slot].set(
       x.astype(slots.dtype), mode="drop"
     )
@@ -164,6 +175,15 @@ class KVCache(Cache):
       return after.kept(), after
     join = lambda old, new: jnp.concatenate([old, new], axis=1)
     return jax.tree.map(join, self.kept(), View(key, value, tokens)), after
+
+  def slot(self, position: jax.Array) -> jax.Array:
+    """Where the token at a position has its keys and values."""
+    room = self.position.shape[-1]
+    if self.shards == 1:
+      return position % room
+    block, place = jnp.divmod(position, BLOCK)
+    turn, shard = jnp.divmod(block, self.shards)
+    return shard * (room // self.shards) + turn * BLOCK + place
 
 
 class Evicting(Cache):

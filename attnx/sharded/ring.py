@@ -181,7 +181,7 @@ def onward(tree: Any, axis_name: str) -> Any:
     message = jax.lax.ppermute(message, axis_name, [(i, (i + 1) % size) for i in range(size)])
     for i, x in zip(places, message, strict=True):
       leaves[i] = x
-  return structure.unflatten(leaves)
+  return jax.tree.unflatten(structure, leaves)
 
 
 def meanwhile(sent: Any, done: Any) -> tuple[Any, Any]:

@@ -1,11 +1,9 @@
-"""Processes, the peak rate of the chips, and the work of a step."""
+"""Versions and devices, the peak rate of the chips, and the work of a step."""
 
 from __future__ import annotations
 
 import math
-import os
 import platform
-import re
 import time
 from typing import Any
 
@@ -14,8 +12,6 @@ import jax
 from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
-
-from attnx.training.config import Mistake, sentence
 
 PEAKS = {  # bfloat16 FLOP/s of one device, from the vendors' data sheets
   "TPU v4": 275e12,
@@ -28,40 +24,6 @@ PEAKS = {  # bfloat16 FLOP/s of one device, from the vendors' data sheets
   "H200": 989e12,
   "B200": 2250e12,
 }
-CLUSTERS = {"SLURM_NTASKS": "1", "OMPI_COMM_WORLD_SIZE": "1", "JAX_NUM_PROCESSES": "1"}
-
-
-def start(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-  """Joins the other processes, if flags or the variables of a cluster say that there are some.
-
-  Raises:
-    Mistake: only some of the flags are given, or the processes do not find each other.
-  """
-  given = (coordinator, num_processes, process_id)
-  if any(x is not None for x in given):
-    if coordinator is None or num_processes is None or process_id is None:
-      raise Mistake("--coordinator, --num_processes and --process_id go together")
-    if num_processes < 1:
-      raise Mistake(f"--num_processes={num_processes} must be at least 1")
-    if not 0 <= process_id < num_processes:
-      raise Mistake(f"--process_id={process_id} must be in 0 .. {num_processes - 1}")
-    if not re.fullmatch(r"\S+:\d{1,5}", coordinator):
-      raise Mistake(f"--coordinator={coordinator} must be host:port")
-    join(coordinator, num_processes, process_id)
-  elif (
-    any(os.environ.get(name, one) != one for name, one in CLUSTERS.items())
-    or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
-  ):
-    join()
-
-
-def join(*where: Any) -> None:
-  """`jax.distributed.initialize`, whose failure is told in a sentence."""
-  try:
-    jax.distributed.initialize(*where)
-  except (RuntimeError, ValueError) as error:
-    raise Mistake(f"the processes do not find each other: {sentence(error)}") from error
 
 
 def describe() -> dict[str, Any]:

@@ -119,7 +119,7 @@ def named(tree: Any) -> dict[str, Any]:
 
 
 def states(plan: Plan, batches: Any) -> list[Any]:
-  """Where each share of the rows is in its data; processes with the same share are there together."""
+  """Where each share of the rows is in its data; who loads the same share is there together."""
   index, count = rules.share(plan.mesh)
   found = dict(everyone([index, batches.get_state()]))
   return [found[i] for i in range(count)]

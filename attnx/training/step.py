@@ -123,9 +123,11 @@ class Evaluation:
   def __call__(self, state: Any, split: str, *, whole: bool = False) -> dict[str, float]:
     """`loss` in nats, `accuracy`, and `scored`, the sum of the weights."""
     held_out: Iterable = self.plan.batches(split)
-    seen = [
-      self.sums(state["params"], state["rest"], rules.place(batch, self.plan.mesh))
-      for batch in itertools.islice(held_out, None if whole else self.batches)
-    ]
+    seen: list[Any] = []
+    for batch in itertools.islice(held_out, None if whole else self.batches):
+      batch = rules.place(batch, self.plan.mesh)
+      seen.append(self.sums(state["params"], state["rest"], batch))
+      if len(seen) > 1:  # two on their way keep devices busy; the collectives of many can lock up
+        seen[-2] = jax.device_get(seen[-2])
     total, hits, weight = np.asarray(jax.device_get(seen), np.float64).sum(0)
     return dict(loss=total / weight, accuracy=hits / weight, scored=weight)
