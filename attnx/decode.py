@@ -16,12 +16,13 @@ import json
 import pathlib
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 import numpy as np
 
 from attnx.core import registry
+from attnx.decoding.text import Request, Text
 from attnx.train import undashed
 from attnx.training import config as configs
 from attnx.training.config import Mistake
@@ -75,14 +76,6 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
   return values
 
 
-class Request(NamedTuple):
-  """A prompt, how many tokens may follow it, and what ends it."""
-
-  prompt: str
-  count: int
-  stop: tuple[str, ...] = ()
-
-
 def requests(values: flags.FlagValues) -> list[Request]:
   """What the flags ask for."""
   if (values.prompt is None) == (values.prompt_file is None):
@@ -111,7 +104,8 @@ def request(line: str, where: str, count: int, stop: tuple[str, ...]) -> Request
     raise Mistake(f"{where} is not JSON: {configs.sentence(error)}") from error
   match given:
     case {"prompt": str(prompt), **more} if more.keys() <= {"max_new_tokens", "stop"}:
-      own, ends = more.get("max_new_tokens", count), more.get("stop", [])
+      own: Any = more.get("max_new_tokens", count)
+      ends: Any = more.get("stop", [])
       ends = [ends] if isinstance(ends, str) else ends
       if isinstance(own, int) and own > 0 and all(isinstance(s, str) and s for s in ends):
         return Request(prompt, own, (*stop, *ends))
@@ -142,56 +136,22 @@ def chooser(values: flags.FlagValues) -> Callable:
   return sampling.sampler(temperature=values.temperature, **options)
 
 
-class Text:
-  """What has become of a request: ids come in, and text that cannot change any more goes out.
-
-  Bytes that may be the beginning of a letter, or of what ends the request, are held back.
-  """
-
-  def __init__(self, request: Request, decode: Callable[[Sequence[int]], str]):
-    self.request, self.decode = request, decode
-    self.ids: list[int] = []  # not yet text
-    self.held, self.taken, self.end = "", 0, ""
-
-  def feed(self, id: int) -> str:
-    """The text that one more id lets out."""
-    if self.end:
-      return ""
-    self.taken += 1
-    self.ids.append(int(id))
-    last = self.taken == self.request.count
-    text = self.decode(self.ids)
-    if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self.ids) < 4 and not last:
-      return ""
-    self.held, self.ids = self.held + text, []
-    found = [at for s in self.request.stop if (at := self.held.find(s)) >= 0]
-    if found or last:
-      self.end = "stop" if found else "length"
-      return self.held[: min(found)] if found else self.held
-    starts = (
-      n for s in self.request.stop for n in range(len(s) - 1, 0, -1) if self.held.endswith(s[:n])
-    )
-    keep = max(starts, default=0)
-    out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-    return out
-
-
 def decode(values: flags.FlagValues) -> None:
   """Restores, takes in the prompts, and shows what follows."""
   import jax
 
-  from attnx.models.streaming import Stream
+  from attnx.decoding import trained
+  from attnx.decoding.screen import Screen, apart
+  from attnx.decoding.stream import Stream
   from attnx.sharded import rules
-  from attnx.training import trained
   from attnx.training.loop import everyone
   from attnx.training.plan import mistakes
-  from attnx.training.screen import Screen, apart
 
   first = jax.process_index() == 0
   if jax.process_count() > 1:
     apart()
   asked = everyone(requests(values) if first else None)[0]  # only process 0 need have the file
-  asked = [Request(prompt, count, tuple(stop)) for prompt, count, stop in asked]
+  asked = [Request(prompt, most, tuple(stop)) for prompt, most, stop in asked]
   with mistakes("--mesh"):
     given = sizes(values.mesh)
     mesh = rules.make_mesh(**given if given else dict(data=1, seq=jax.device_count()))
@@ -205,7 +165,7 @@ def decode(values: flags.FlagValues) -> None:
     if any(((p < 0) | (p >= (about.vocab or 0))).any() for p in prompts):
       raise ValueError(f"an id is not in 0 .. {(about.vocab or 0) - 1}")
     stream = Stream(
-      model, prompts, max(r.count for r in asked), choose=chooser(values),
+      model, prompts, max(r.most for r in asked), choose=chooser(values),
       key=jax.random.key(values.seed), mesh=mesh,
     )  # fmt: skip
   spell = about.decode or (lambda ids: "".join(f"{i} " for i in ids))
@@ -217,7 +177,7 @@ def decode(values: flags.FlagValues) -> None:
       for row, (text, id) in enumerate(zip(texts, ids, strict=True)):
         going = not text.end
         screen.add(row, text.feed(id), text.end if going else "")
-      screen.tick(sum(text.taken for text in texts), sum(r.count for r in asked))
+      screen.tick(sum(text.taken for text in texts), sum(r.most for r in asked))
       if all(text.end for text in texts):
         break
 

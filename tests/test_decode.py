@@ -15,12 +15,13 @@ import pytest
 from attnx import decode, models
 from attnx.core.tokens import Tokens
 from attnx.data.dataset import decode_bytes
+from attnx.decoding import trained
+from attnx.decoding.stream import Stream
+from attnx.decoding.text import Request, Text
 from attnx.models.sampling import generate, sampler
-from attnx.models.streaming import Stream
 from attnx.nn.kv_cache import BLOCK, KVCache
 from attnx.sharded import rules
 from attnx.training import plan as plans
-from attnx.training import trained
 from attnx.training.checkpoint import Checkpoints
 from attnx.training.loop import named
 from runs import TINY, ended, free_port
@@ -117,11 +118,11 @@ def test_a_text_ends_before_what_stops_it(workdir, capsys):
 
 def test_letters_of_several_bytes_and_ends_in_pieces_come_out_whole():
   ids = list("aé€🙂b<en<end>x".encode())
-  t = decode.Text(decode.Request("", 99, ("<end>", "zz")), decode_bytes)
+  t = Text(Request("", 99, ("<end>", "zz")), decode_bytes)
   pieces = [t.feed(i) for i in ids]
   assert "".join(pieces) == "aé€🙂b<en" and t.end == "stop" and t.taken == len(ids) - 1
   assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
-  t = decode.Text(decode.Request("", 3, ("<end>",)), decode_bytes)
+  t = Text(Request("", 3, ("<end>",)), decode_bytes)
   assert [t.feed(i) for i in b"a<e"] == ["a", "", "<e"] and t.end == "length"
 
 
@@ -158,7 +159,7 @@ def test_requests_that_are_none_are_refused(workdir, tmp_path, capsys, line):
   assert "request 1 is" in capsys.readouterr().err
 
 
-def test_a_decoded_token_costs_two_reductions_and_no_device_has_all_keys():
+def test_a_decoded_token_costs_three_messages_and_no_device_has_all_keys():
   config = dict(name="decoder_lm", vocab=16, dim=32, depth=1, mixers=MIXERS[0])
   model = models.build(config, rngs=nnx.Rngs(0))
   stream = Stream(model, [[1] * 200, [2] * 150], 900, mesh=rules.make_mesh(data=1, seq=8))
@@ -168,7 +169,7 @@ def test_a_decoded_token_costs_two_reductions_and_no_device_has_all_keys():
   text = stream.step.lower(stream.state, cache, ids[:, None], None, stream.keys, np.int32(1))
   names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
   found = re.findall(rf" ({names})(?:-start)?\(", text.compile().as_text())
-  assert found == ["all-reduce"] * 2
+  assert found == ["collective-permute"] * 3  # a butterfly of eight
   held = (cache["blocks"][0]["mixer"].position >= 0).reshape(2, 8, -1).sum(-1)
   assert int((held.max(1) - held.min(1)).max()) <= BLOCK and held.sum() == 350
 

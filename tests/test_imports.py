@@ -21,6 +21,8 @@ LAYERS = [
   "attnx.data",
   "attnx.training",
   "attnx.train",
+  "attnx.decoding",
+  "attnx.decode",
 ]
 HEAVY = ("jax", "flax", "numpy", "tensorflow")
 FILES = sorted([*ROOT.glob("attnx/**/*.py"), *ROOT.glob("pallas_kernels/**/*.py")])

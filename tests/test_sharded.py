@@ -297,3 +297,11 @@ def test_a_normaliser_of_whole_rows_is_refused():
   for layout in ("tree", "ring"):
     with pytest.raises(NotImplementedError, match="Entmax15 sees whole rows of keys"):
       split(layout)(*inputs(), spec, where, where)
+
+
+def test_gradients_are_summed_outside_of_loops_that_devices_leave_at_different_times():
+  where = Tokens.of_length(T)
+  loss = lambda qkv, spec: jnp.cos(split("tree")(*qkv, spec, where, where)).sum()
+  text = jax.jit(jax.grad(loss, (0, 1))).lower(inputs(), PARTS["alibi"]).compile().as_text()
+  sums = [line for line in text.splitlines() if re.search(r" all-reduce(?:-start)?\(", line)]
+  assert len(sums) >= 3 and not [line for line in sums if "/while/" in line]

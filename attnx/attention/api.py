@@ -17,6 +17,7 @@ from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec, Need
 from attnx.core.instead import replaceable
 from attnx.core.tokens import Tokens
+from attnx.core.varying import together
 
 
 class UnsupportedError(NotImplementedError):
@@ -136,6 +137,9 @@ def attend_partial(
   q_tokens = Tokens.of_length(query.shape[1]) if q_tokens is None else q_tokens
   k_tokens = Tokens.of_length(key.shape[1]) if k_tokens is None else k_tokens
   query, key, value = (jnp.asarray(x) for x in (query, key, value))
+  if jax.sharding.get_abstract_mesh().manual_axes:  # tiles are skipped on each device by itself
+    parts = together((query, key, value, spec, q_tokens, k_tokens))
+    query, key, value, spec, q_tokens, k_tokens = parts
   LISTENER.get()(query, key, value, spec, q_tokens, k_tokens)
   name = choose(query, key, value, spec, implementation)
   return IMPLEMENTATIONS[name].partial(query, key, value, spec, q_tokens, k_tokens)

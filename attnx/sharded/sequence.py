@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, PartitionSpec
 import jax.numpy as jnp
+import numpy as np
 
 from attnx.attention import AttentionSpec, attend_partial
 from attnx.attention.api import check
@@ -25,6 +26,7 @@ from attnx.attention.partial import Partial
 from attnx.attention.spec import Need
 from attnx.core.instead import replacing
 from attnx.core.tokens import Tokens
+from attnx.core.varying import together
 from attnx.recurrence import convolution, delta, diagonal, linear
 from attnx.sharded import scan
 from attnx.sharded.ring import ring_partial
@@ -116,8 +118,10 @@ def attention(
     if how == "heads":
       return ulysses_attend(query, key, value, spec, **tokens, axis_name=SEQ, inside=inside)
     mine = inside(query, key, value, spec, **tokens)
-    return merge_tree(mine, SEQ) if how == "tree" else mine
+    return merge_tree(mine, SEQ, reduction) if how == "tree" else mine
 
+  # Between processes on CPUs an all-reduce takes 2 (P - 1) steps; see experiments/tree_vs_ring.
+  reduction = "butterfly" if jax.default_backend() == "cpu" else "all_reduce"
   q_place, k_place = (PartitionSpec(batch, axis, heads) for axis in (q_axis, k_axis))
   p = jax.shard_map(
     body,
@@ -127,6 +131,7 @@ def attention(
       places(q_tokens, q_axis), places(k_tokens, k_axis),
     ),
     out_specs=q_place,
+    check_vma=how != "tree" or reduction != "butterfly",
   )(query, key, value, spec, q_tokens, k_tokens)  # fmt: skip
   return jax.tree.map(lambda x: x[:, :T], p)
 
@@ -134,15 +139,16 @@ def attention(
 def filled(arrays: Any, tokens: Tokens | None, size: int) -> tuple[Any, Tokens]:
   """Arrays (B, L, ...) and their tokens, with places that hold nothing up to a multiple of size."""
   length = jax.tree.leaves(arrays)[0].shape[1]
-  tokens = jax.tree.map(jnp.asarray, Tokens.of_length(length) if tokens is None else tokens)
-  if not (more := -length % size):
-    return arrays, tokens
-  fill = lambda x, with_: jnp.pad(
-    x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)], constant_values=with_
-  )
-  empty = Tokens(index=0, position=-1, segment=0)  # type: ignore[arg-type]
-  arrays = jax.tree.map(lambda x: fill(x, 0), arrays)
-  return arrays, jax.tree.map(fill, tokens, empty)
+  tokens = Tokens.of_length(length) if tokens is None else tokens
+  if more := -length % size:
+    fill = lambda x: jnp.pad(x, [(0, 0), (0, more), *[(0, 0)] * (x.ndim - 2)])
+    # XLA before JAX 0.12 confuses sharded pads of one array with two constants: the others repeat.
+    np_of = lambda x: np if isinstance(x, np.ndarray) else jnp
+    repeat = lambda x: np_of(x).pad(x, [(0, 0), (0, more)], mode="edge")
+    empty = lambda x: np_of(x).pad(x, [(0, 0), (0, more)], constant_values=-1)
+    arrays = jax.tree.map(fill, arrays)
+    tokens = Tokens(repeat(tokens.index), empty(tokens.position), repeat(tokens.segment))
+  return arrays, jax.tree.map(jnp.asarray, tokens)
 
 
 class Recurrence(NamedTuple):
@@ -204,6 +210,7 @@ def recurrence(mesh: Mesh, function: Callable, how: Recurrence, *args: Any, **kw
     return PartitionSpec(*(split.get(axis) if n > 1 else None for axis, n in zip(axes, x.shape)))
 
   def body(arrays):
+    arrays = together(arrays)
     if size == 1:
       return alone(**arrays)
     out = how.over(**arrays, **options, axis_name=SEQ)

@@ -137,7 +137,7 @@ def spread(config: Mapping[str, Any], mesh: Mesh, about: data.Description) -> No
   rules.share(mesh)
   if rows % (parts * shares):
     raise ValueError(
-      f"data.batch={rows} must be a multiple of the {shares} devices of data times fsdp, times"
+      f"data.batch={rows} must be a multiple of {shares} devices that share its rows times"
       f" accumulate={parts}"
     )
   if (seq := mesh.shape["seq"]) > 1 and (about.length is None or about.length % seq):

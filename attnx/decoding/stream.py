@@ -47,7 +47,7 @@ class Stream:
   def __init__(
     self,
     model: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Any],
     count: int,
     *,
     choose: Callable[[jax.Array, jax.Array], jax.Array] = greedy,
@@ -101,11 +101,9 @@ class Stream:
     layers, rows = cache.position.ndim - 2, cache.position.shape[-2]
     axes = [*[None] * layers, rules.ROWS if rows % rules.rows(mesh) == 0 else None, "seq"]
     heads = "tensor" if cache.key.shape[-2] % mesh.shape["tensor"] == 0 else None
-    of = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
-    return dataclasses.replace(
-      cache, key=of(*axes, heads), value=of(*axes, heads), position=of(*axes), segment=of(*axes),
-      seen=rules.replicated(mesh),
-    )  # type: ignore[arg-type]  # fmt: skip
+    slots, keys = (NamedSharding(mesh, PartitionSpec(*axes, *more)) for more in ((), (heads,)))
+    here: Any = dict(key=keys, value=keys, position=slots, segment=slots)
+    return dataclasses.replace(cache, **here, seen=rules.replicated(mesh))  # type: ignore[arg-type]
 
   def __iter__(self) -> Iterator[np.ndarray]:
     ids, cache = self.prefill()
@@ -135,7 +133,7 @@ def spread(model: nnx.Module, shards: int) -> None:
       module.cache = dataclasses.replace(cache, shards=shards)  # type: ignore[type-var]
 
 
-def padded(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+def padded(prompts: Sequence[Any], length: int) -> tuple[np.ndarray, np.ndarray]:
   """Ids and positions (B, length) of prompts that end together; positions before them are -1."""
   ids = np.zeros((len(prompts), length), np.int32)
   position = np.full((len(prompts), length), -1, np.int32)
