@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import json
+import os
 import pathlib
 import sys
 import time
@@ -210,6 +211,9 @@ def main(argv: Sequence[str]) -> int:
   except KeyboardInterrupt:
     print("\nattnx.decode: interrupted", file=sys.stderr)
     return 130
+  except BrokenPipeError:  # nobody reads on, as after `| head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 python -m attnx.train --config FILE[:variant] --workdir DIR [--config.key=value ...]
 
 The same command goes on where the last one stopped. Every key of the config can be given on the
-command line, e.g. --config.steps=100 --config.mesh.fsdp=8 --config.optimizer.peak=1e-3.
+command line, e.g. --config.steps=100 --config.mesh.fsdp=4 --config.mesh.seq=2.
 """
 
 from __future__ import annotations

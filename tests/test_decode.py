@@ -61,15 +61,15 @@ def text(capsys, workdir, *arguments) -> str:
   return capsys.readouterr().out
 
 
-def apart(devices: int, workdir, *arguments, count: int = 1) -> list[str]:
-  """What the command prints in processes of their own."""
+def begun(devices: int, workdir, *arguments, count: int = 1) -> list[subprocess.Popen]:
+  """The command in processes of their own."""
   where = [f"--coordinator=127.0.0.1:{free_port()}", f"--num-processes={count}"]
   command = [
     sys.executable, "-m", "attnx.decode", f"--checkpoint={workdir}", f"--prompt={PROMPT}",
     "--max-new-tokens=40", *arguments, *(where if count > 1 else ()),
   ]  # fmt: skip
   flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
-  started = [
+  return [
     subprocess.Popen(
       [*command, *([f"--process-id={i}"] if count > 1 else ())],
       env=os.environ | dict(XLA_FLAGS=flags),
@@ -77,7 +77,11 @@ def apart(devices: int, workdir, *arguments, count: int = 1) -> list[str]:
     )
     for i in range(count)
   ]  # fmt: skip
-  with ended(*started):
+
+
+def apart(devices: int, workdir, *arguments, count: int = 1) -> list[str]:
+  """What the command prints in processes of their own."""
+  with ended(*(started := begun(devices, workdir, *arguments, count=count))):
     told = [process.communicate(timeout=200) for process in started]
   assert not any(process.returncode for process in started), told
   return [out for out, _ in told]
@@ -124,6 +128,17 @@ def test_letters_of_several_bytes_and_ends_in_pieces_come_out_whole():
   assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
   t = Text(Request("", 3, ("<end>",)), decode_bytes)
   assert [t.feed(i) for i in b"a<e"] == ["a", "", "<e"] and t.end == "length"
+
+
+def test_a_process_that_dies_while_decoding_ends_the_other_which_names_it(workdir):
+  more = "--max-new-tokens=100000", "--patience=5"
+  with ended(*(started := begun(1, workdir, *more, count=2))):
+    assert started[0].stdout.read(5)  # text is coming
+    started[1].kill()
+    told = started[0].communicate(timeout=60)[1]
+    assert started[0].returncode == 1
+  words = r"attnx.decode: stopped: process 1 \(host \S+\) is gone: .* the same command begins anew"
+  assert re.search(words, told) and "Traceback" not in told, told
 
 
 @pytest.mark.parametrize("arguments, words", [

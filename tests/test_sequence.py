@@ -19,7 +19,7 @@ from attnx.recurrence.convolution import long_convolution
 from attnx.recurrence.delta import delta_rule
 from attnx.recurrence.diagonal import diagonal_scan
 from attnx.recurrence.linear import linear_attention
-from attnx.sharded import rules, sequence
+from attnx.sharded import halo, rules, sequence
 
 B, T, N, K, H = 2, 16, 4, 2, 8
 CLOSE = dict(rtol=1e-9, atol=1e-11)
@@ -75,6 +75,9 @@ def parts():
   ), {}
   yield "lengths that nothing divides", AttentionSpec(masks.Causal()), dict(t=13, s=13)
   yield "few queries", AttentionSpec(masks.Causal()), dict(t=1, s=40)
+  yield "a window of whole rows", AttentionSpec(
+    masks.Causal() & masks.Window(2), normaliser=specs.instance("normalisers", "sparsemax")
+  ), dict(tokens=None)
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
@@ -83,7 +86,7 @@ def test_attention_over_a_mesh_is_attention(name, spec, lengths, sizes):
   t, s = lengths.get("t", T), lengths.get("s", T)
   q, k, v = specs.inputs(t, s)
   q_tokens = specs.packed(t) if t == s else Tokens.of_length(t, offset=s - t)
-  tokens = dict(q_tokens=q_tokens, k_tokens=specs.packed(s))
+  tokens = lengths.get("tokens", dict(q_tokens=q_tokens, k_tokens=specs.packed(s))) or {}
   run = lambda q, k, v, spec: attend(q, k, v, spec, **tokens)
   moving = lambda q, k, v: run(q, k, v, spec)
   actual, expected = (evaluate(moving, (q, k, v), over) for over in (mesh(**sizes), None))
@@ -174,3 +177,28 @@ def test_a_ring_gathers_nothing_and_sends_no_more_than_a_shard():
   recur = lambda q, k, v: linear_attention(q, k, v)[0]
   found = collectives(recur, (q, k, v), mesh(seq=8), jax.sharding.PartitionSpec(None, "seq"))
   assert found == {"collective-permute": B * N * H * H}
+
+
+@pytest.mark.parametrize("mask, far", [
+  (masks.Causal() & masks.Window(5, 9), (5, 0)),
+  (masks.Window(0, 3), (0, 3)),
+  (masks.Causal(), (56, 0)),
+  (masks.Everything(), (56, 56)),
+  (registry.build("masks", dict(name="dilated", window=3, dilation=4)), (8, 0)),
+  (registry.build("masks", dict(name="neighborhood", shape=(8, 8), window=(3, 3))), (16, 16)),
+])  # fmt: skip
+def test_how_far_a_mask_reaches_is_what_it_says_of_tiles(mask, far):
+  assert halo.reach(mask, 64, 8) == far
+  visible = np.broadcast_to(AttentionSpec(mask).visible(
+    Tokens.of_length(64).rows(1, 1), Tokens.of_length(64).columns()), (1, 1, 64, 64))[0, 0]
+  q, k = np.nonzero(visible)
+  back, ahead = q // 8 * 8 - k, k - (q // 8 * 8 + 7)
+  assert far >= (max(back.max(), 0), max(ahead.max(), 0))
+
+
+def test_windows_send_their_halo_alone():
+  q, k, v = (jnp.zeros((B, 64, n, H)) for n in (N, K, K))
+  run = lambda q, k, v: attend(q, k, v, AttentionSpec(masks.Causal() & masks.Window(3)))
+  found = collectives(run, (q, k, v), mesh(seq=8), jax.sharding.PartitionSpec(None, "seq"))
+  assert found == {"collective-permute": B * 3 * K * H}
+  assert sequence.first_way(run, mesh(seq=8), q, k, v).startswith("seq=8, devices exchange 3 keys")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnx.attention import AttentionSpec, attend
+from attnx.attention.masks import Mask, Range, Span
 from attnx.core.tokens import Tokens
 
 
@@ -22,7 +25,8 @@ def halo_attend(
   axis_name: str,
   before: int,
   after: int = 0,
-) -> jax.Array:
+  inside: Callable[..., Any] = attend,
+) -> Any:
   """`attend` where no query meets keys further away than its halo, inside `jax.shard_map`.
 
   Each device receives the last `before` keys of the devices before it and the first `after` keys of
@@ -38,7 +42,8 @@ def halo_attend(
     q_tokens: where the queries of the shard sit: positions, and places (`index`), of the whole.
     k_tokens: where the keys of the shard sit, likewise.
     axis_name: the mesh axis that both are sharded over.
-    before, after: how many places back and ahead a query may see.
+    before, after: how many places back and ahead a query may see; see `reach`.
+    inside: what attends once the keys are there; `attend_partial` makes a `Partial` of the result.
 
   Returns:
     (B, c, N, V) in the dtype of `value`, sharded as the queries are.
@@ -62,7 +67,7 @@ def halo_attend(
       for hop in range(1, -(-after // length) + 1)),
   ]  # fmt: skip
   key, value, k_tokens = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *around)
-  return attend(query, key, value, spec, q_tokens=q_tokens, k_tokens=k_tokens)
+  return inside(query, key, value, spec, q_tokens=q_tokens, k_tokens=k_tokens)
 
 
 def received(keys: Any, axis_name: str, hops: int, count: int) -> Any:
@@ -81,3 +86,36 @@ def received(keys: Any, axis_name: str, hops: int, count: int) -> Any:
   there = (sender >= 0) & (sender < size)
   position = jnp.where(there, tokens.position, -1)
   return key, value, Tokens(tokens.index, position, tokens.segment)
+
+
+def reach(mask: Mask, length: int, size: int) -> tuple[int, int] | None:
+  """How many places back and ahead of its shard a query may see, of a document over `size` shards.
+
+  What the mask says about tiles decides: before and after are the fewest places such that no shard
+  may meet any key further away. None where that is not known while a function is traced.
+  """
+  shard = length // size
+  span = lambda first, last: Span(Range(first, last), Range(first, last), Range(0, 0))
+
+  def apart(back: int, ahead: int) -> bool:
+    for first in range(0, length, shard):
+      q, last = span(first, first + shard - 1), first + shard - 1
+      for k in ((0, first - back - 1), (last + ahead + 1, length - 1)):
+        if k[0] <= k[1]:
+          with jax.ensure_compile_time_eval():
+            empty = mask.block(q, span(*k)).empty
+          if not np.all(empty):
+            return False
+    return True
+
+  def least(enough: Callable[[int], bool]) -> int:
+    low, high = 0, length
+    while low < high:
+      middle = (low + high) // 2
+      low, high = (low, middle) if enough(middle) else (middle + 1, high)
+    return low
+
+  try:
+    return least(lambda n: apart(n, length)), least(lambda n: apart(length, n))
+  except jax.errors.TracerArrayConversionError:
+    return None

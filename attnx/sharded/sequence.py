@@ -2,9 +2,9 @@
 
 Inside of `over(mesh)` arrays are whole, as everywhere outside of `jax.shard_map`, and XLA splits
 what works on each token alone. Attention and recurrences, which XLA would gather, run by the
-functions of this package instead: attention as a ring, or as a tree where that sends less; where a
-normaliser wants whole rows by heads, or over keys that are gathered; recurrences by a scan over
-devices.
+functions of this package instead: attention as a ring, as a tree where that sends less, with halos
+where a mask keeps apart what is far; where a normaliser wants whole rows by heads, or over keys
+that are gathered; recurrences by a scan over devices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx.attention import AttentionSpec, attend_partial
-from attnx.attention.api import check
+from attnx.attention.api import check, listening
 from attnx.attention.partial import Partial
 from attnx.attention.spec import Need
 from attnx.core.instead import replacing
@@ -29,6 +29,7 @@ from attnx.core.tokens import Tokens
 from attnx.core.varying import together
 from attnx.recurrence import convolution, delta, diagonal, linear
 from attnx.sharded import scan
+from attnx.sharded.halo import halo_attend, reach
 from attnx.sharded.ring import ring_partial
 from attnx.sharded.rules import ROWS, rows
 from attnx.sharded.tree import merge_tree
@@ -56,26 +57,85 @@ def over(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
   return replacing(table)
 
 
-def way(query: Any, key: Any, value: Any, spec: AttentionSpec, size: int, parts: int = 1) -> str:
-  """How attention goes over `size` devices: "alone", "heads", "gather", "tree" or "ring".
+class Way(NamedTuple):
+  """How attention goes over the devices that share a sequence.
 
-  A tree sends what is read, in float32, twice; a ring the keys and values. Whole rows of keys meet
+  Attributes:
+    name: "alone", "halo", "heads", "gather", "tree" or "ring".
+    before, after: of a halo.
+  """
+
+  name: str
+  before: int = 0
+  after: int = 0
+
+  def __str__(self) -> str:
+    return {
+      "alone": "each device has all tokens",
+      "halo": f"devices exchange {self.before} keys before and {self.after} after their own",
+      "heads": "tokens are exchanged for heads, since the normaliser wants whole rows",
+      "gather": "each device gathers the keys, since the normaliser wants whole rows and all heads",
+      "tree": "queries are everywhere, and what devices see of their keys is merged in a tree",
+      "ring": "keys go round a ring",
+    }[self.name]
+
+
+def way(
+  query: Any,
+  key: Any,
+  value: Any,
+  spec: AttentionSpec,
+  q_tokens: Tokens | None,
+  k_tokens: Tokens | None,
+  *,
+  mesh: Mesh,
+) -> Way:
+  """How attention goes over a mesh: by what sends least, and is able to.
+
+  A tree sends what is read, in float32, twice; a ring the keys and values; halos less, where the
+  mask keeps apart what is far in a sequence of one document. Whole rows of keys meet in halos, or
   where heads are dealt out, or else where every device gathers the keys.
-
-  Args:
-    query, key, value, spec: as for `attend`.
-    size: devices that share the tokens.
-    parts: devices that share the heads of each of these.
   """
   (_, T, N, H), (_, S, K, V) = query.shape, value.shape
+  size, parts = mesh.shape[SEQ], mesh.shape[TENSOR]
   if size == 1:
-    return "alone"
+    return Way("alone")
+  if T == S and T % size == 0 and in_order(q_tokens, T) and in_order(k_tokens, S):
+    far = reach(spec.mask, T, size)
+    if far is not None and 2 * sum(far) <= (size - 1) * (T // size):
+      return Way("halo", *far)
   if Need.ROW in spec.needs:
-    N, K = N // parts, max(K // parts, 1)
+    if split_heads(N, K, spec, parts):
+      N, K = N // parts, max(K // parts, 1)
     dealt = N % size == 0 and (K % size == 0 or size % K == 0) and Need.HEADS not in spec.needs
-    return "heads" if dealt else "gather"
+    return Way("heads" if dealt else "gather")
   tree, ring = 2 * T * N * (V + 3) * 4, S * K * (H + V) * value.dtype.itemsize
-  return "tree" if T < size or tree <= ring else "ring"
+  return Way("tree" if T < size or tree <= ring else "ring")
+
+
+def in_order(tokens: Tokens | None, length: int) -> bool:
+  """Whether tokens are known to be one document from its beginning."""
+  if tokens is None:
+    return True
+  leaves = (tokens.index, tokens.position, tokens.segment)
+  if not all(isinstance(x, np.ndarray) and len(x) == 1 for x in leaves):
+    return False
+  index, position, segment = (x[0] for x in leaves)
+  place = np.arange(length)
+  return bool(np.all(index == place) and np.all(position == place) and not np.any(segment))
+
+
+def split_heads(N: int, K: int, spec: AttentionSpec, parts: int) -> bool:
+  """Whether `parts` devices can have heads of their own, perhaps with key heads that they share."""
+  return N % parts == 0 and (K % parts == 0 or parts % K == 0) and Need.HEADS not in spec.needs
+
+
+def first_way(function: Callable[..., Any], mesh: Mesh, *args: Any) -> str:
+  """How the first call of attention in a function goes over a mesh, in words; nothing runs."""
+  found: list[Way] = []
+  with listening(lambda *call: found.append(way(*call, mesh=mesh))):
+    jax.eval_shape(function, *args)
+  return f"{SEQ}={mesh.shape[SEQ]}, {found[0]}" if found else "no call of attention"
 
 
 def attention(
@@ -95,11 +155,11 @@ def attention(
   size, parts = mesh.shape[SEQ], mesh.shape[TENSOR]
   batch = ROWS if B % rows(mesh) == 0 else None
   heads = None
-  if N % parts == 0 and (K % parts == 0 or parts % K == 0) and Need.HEADS not in spec.needs:
+  how = way(query, key, value, spec, q_tokens, k_tokens, mesh=mesh)
+  if split_heads(N, K, spec, parts):
     heads, (key, value) = TENSOR, (jnp.repeat(x, max(parts // K, 1), axis=2) for x in (key, value))
-  how = way(query, key, value, spec, size, 1 if heads is None else parts)
   whole = (("alone", "tree"), ("alone", "gather"))
-  q_axis, k_axis = (None if how in ways else SEQ for ways in whole)
+  q_axis, k_axis = (None if how.name in ways else SEQ for ways in whole)
   query, q_tokens = filled(query, q_tokens, size if q_axis else 1)
   (key, value), k_tokens = filled((key, value), k_tokens, size if k_axis else 1)
   places = lambda tokens, axis: jax.tree.map(
@@ -111,14 +171,19 @@ def attention(
     spec = numbered(
       spec, batch=first(batch, query.shape[0]), head=first(heads, query.shape[2])
     )
-    tokens = dict(q_tokens=q_tokens, k_tokens=k_tokens)
+    run = dict(q_tokens=q_tokens, k_tokens=k_tokens)
     inside = functools.partial(attend_partial, implementation=implementation)
-    if how == "ring":
-      return ring_partial(query, key, value, spec, **tokens, axis_name=SEQ)
-    if how == "heads":
-      return ulysses_attend(query, key, value, spec, **tokens, axis_name=SEQ, inside=inside)
-    mine = inside(query, key, value, spec, **tokens)
-    return merge_tree(mine, SEQ, reduction) if how == "tree" else mine
+    match how:
+      case Way("ring"):
+        return ring_partial(query, key, value, spec, **run, axis_name=SEQ)
+      case Way("heads"):
+        return ulysses_attend(query, key, value, spec, **run, axis_name=SEQ, inside=inside)
+      case Way("halo", before, after):
+        run |= dict(before=before, after=after)
+        return halo_attend(query, key, value, spec, **run, axis_name=SEQ, inside=inside)
+      case Way("tree"):
+        return merge_tree(inside(query, key, value, spec, **run), SEQ, reduction)
+    return inside(query, key, value, spec, **run)
 
   # Between processes on CPUs an all-reduce takes 2 (P - 1) steps; see experiments/tree_vs_ring.
   reduction = "butterfly" if jax.default_backend() == "cpu" else "all_reduce"
@@ -131,7 +196,7 @@ def attention(
       places(q_tokens, q_axis), places(k_tokens, k_axis),
     ),
     out_specs=q_place,
-    check_vma=how != "tree" or reduction != "butterfly",
+    check_vma=how.name != "tree" or reduction != "butterfly",
   )(query, key, value, spec, q_tokens, k_tokens)  # fmt: skip
   return jax.tree.map(lambda x: x[:, :T], p)
 

@@ -60,7 +60,7 @@ def complete(
     accumulate: parts that a batch is cut into, one after the other, to save memory.
     eval: arguments of `attnx.training.step.Evaluation`.
     checkpoint: arguments of `attnx.training.checkpoint.Checkpoints`.
-    mesh: arguments of `attnx.sharded.rules.make_mesh`.
+    mesh: arguments of `attnx.sharded.rules.make_mesh`: data, fsdp, tensor, seq.
     sharding: rules of `attnx.sharded.rules.shardings`.
     log: arguments of `attnx.training.console.Console`.
   """

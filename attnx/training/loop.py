@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from attnx.attention import explain_first
-from attnx.sharded import rules
+from attnx.sharded import rules, sequence
 from attnx.training import devices, report
 from attnx.training import plan as plans
 from attnx.training.checkpoint import Checkpoints
@@ -173,4 +173,6 @@ def write_down(plan: Plan, workdir: pathlib.Path) -> None:
     found = explain_first(run, plan.state, plan.batch)
     head = "The first call of attention in a forward pass over the whole batch:\n\n"
     text = "This model makes no call of attention." if found is None else f"{head}{found}"
+    if found is not None and plan.mesh.shape["seq"] > 1:
+      text += f"\n\nOver the mesh: {sequence.first_way(run, plan.mesh, plan.state, plan.batch)}."
     (workdir / "explain.txt").write_text(f"{text}\n")
