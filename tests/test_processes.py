@@ -43,6 +43,17 @@ def test_two_processes_have_the_losses_of_one_and_one_reads_what_they_save(alone
   assert_same(arrays(tmp_path), saved)
 
 
+def test_two_processes_share_the_tokens_of_every_row(alone, tmp_path):
+  file, reference = alone
+  mesh = "--config.mesh.tensor=2", "--config.mesh.seq=4", "--config.checkpoint.every=5"
+  processes = together(file, f"--workdir={tmp_path}", *mesh)
+  with ended(*processes):
+    told = [process.communicate(timeout=150)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], told
+  assert losses(tmp_path) == pytest.approx(losses(reference), rel=1e-4)
+  assert len(read(tmp_path / "checkpoints" / "12")["host"]["data"]) == 1  # both read the same rows
+
+
 def test_a_signal_to_one_of_two_processes_saves_and_ends_both_and_one_goes_on(alone, tmp_path):
   file, reference = alone
   processes = together(file, f"--workdir={tmp_path}", "--config.checkpoint.every=1")

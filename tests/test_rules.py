@@ -1,5 +1,7 @@
 """Shardings: the default, rules of the user, and rules that do not fit."""
 
+import types
+
 from flax import nnx
 import hypothesis
 from hypothesis import strategies as st
@@ -127,6 +129,31 @@ def test_a_batch_is_spread_over_all_devices_in_order():
   assert batch.sharding.spec == PartitionSpec(("data", "fsdp"), "seq")
   assert [shard.data.tolist()[0][0] for shard in batch.addressable_shards] == [*range(0, 32, 4)]
   np.testing.assert_array_equal(batch, np.arange(32).reshape(16, 2))
+
+
+class Processes:
+  """A mesh of devices, each of which is the process that it is of."""
+
+  def __init__(self, devices, **shape):
+    self.devices = np.vectorize(lambda p: types.SimpleNamespace(process_index=p))(devices)
+    self.shape = dict(fsdp=1) | shape
+
+
+@pytest.mark.parametrize("devices, index, expected", [
+  ([[0, 0], [1, 1]], 1, (1, 2)),  # rows of their own
+  ([[0, 1], [0, 1]], 1, (0, 1)),  # tokens of the same rows
+  ([[0, 1], [0, 1], [2, 3], [2, 3]], 3, (1, 2)),  # two and two
+])  # fmt: skip
+def test_processes_that_share_rows_load_the_same(monkeypatch, devices, index, expected):
+  monkeypatch.setattr(jax, "process_index", lambda: index)
+  devices = np.array(devices)
+  assert rules.share(Processes(devices, data=devices.shape[0])) == expected
+
+
+def test_rows_that_fall_unevenly_on_processes_are_refused(monkeypatch):
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  with pytest.raises(ValueError, match="3 shares of a batch do not fall evenly on"):
+    rules.share(Processes(np.array([[0], [0], [1]]), data=3))
 
 
 def test_names_are_dotted_paths():

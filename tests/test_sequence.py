@@ -4,6 +4,7 @@ import functools
 import math
 import re
 
+from flax import nnx
 import hypothesis
 from hypothesis import strategies as st
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import specs
 
+from attnx import models
 from attnx.attention import AttentionSpec, attend, masks, transforms
 from attnx.core import registry
 from attnx.core.tokens import Tokens
@@ -189,9 +191,9 @@ def test_a_ring_gathers_nothing_and_sends_no_more_than_a_shard():
 ])  # fmt: skip
 def test_how_far_a_mask_reaches_is_what_it_says_of_tiles(mask, far):
   assert halo.reach(mask, 64, 8) == far
-  visible = np.broadcast_to(AttentionSpec(mask).visible(
-    Tokens.of_length(64).rows(1, 1), Tokens.of_length(64).columns()), (1, 1, 64, 64))[0, 0]
-  q, k = np.nonzero(visible)
+  where = Tokens.of_length(64)
+  visible = AttentionSpec(mask).visible(where.rows(1, 1), where.columns())
+  q, k = np.nonzero(np.broadcast_to(visible, (1, 1, 64, 64))[0, 0])
   back, ahead = q // 8 * 8 - k, k - (q // 8 * 8 + 7)
   assert far >= (max(back.max(), 0), max(ahead.max(), 0))
 
@@ -202,3 +204,24 @@ def test_windows_send_their_halo_alone():
   found = collectives(run, (q, k, v), mesh(seq=8), jax.sharding.PartitionSpec(None, "seq"))
   assert found == {"collective-permute": B * 3 * K * H}
   assert sequence.first_way(run, mesh(seq=8), q, k, v).startswith("seq=8, devices exchange 3 keys")
+
+
+ENTRIES = {name: registry.get("mixers", name) for name in registry.names("mixers")}
+CAUSAL = [name for name, entry in ENTRIES.items() if "causal_self" in entry.patterns]
+
+
+@pytest.mark.slow  # a model and its gradient are compiled for each mixer, twice
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_causal_mixer_may_have_its_tokens_over_devices(name):
+  entry, over = ENTRIES[name], mesh(data=2, tensor=2, seq=2)
+  mixer = dict(name=name, **entry.tiny, **entry.patterns["causal_self"])
+  config = dict(name="decoder_lm", vocab=16, dim=32, depth=2, mixers=mixer)
+  graph, state = nnx.split(models.build(config, rngs=nnx.Rngs(0)))
+  ids = np.random.default_rng(0).integers(0, 16, (4, 16))
+  place = jax.NamedSharding(over, jax.sharding.PartitionSpec(rules.ROWS, "seq"))
+  loss = lambda state, ids: jnp.sin(nnx.merge(graph, state)(ids)).sum()
+  expected = jax.jit(jax.value_and_grad(loss))(state, ids)
+  with sequence.over(over):
+    actual = jax.jit(jax.value_and_grad(loss))(state, jax.device_put(ids, place))
+  for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    assert np.abs(a - b).max() <= 2e-5 * (1e-3 + np.abs(b).max())
