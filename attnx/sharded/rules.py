@@ -145,15 +145,16 @@ def share(mesh: Mesh) -> tuple[int, int]:
   Raises:
     ValueError: the mesh deals rows out to processes unevenly.
   """
-  groups = mesh.devices.reshape(rows(mesh), -1)
-  here = [i for i, g in enumerate(groups) if any(d.process_index == jax.process_index() for d in g)]
-  count = len(here)
-  if here != [*range(here[0], here[0] + count)] or here[0] % count or len(groups) % count:
+  groups = [{d.process_index for d in group} for group in mesh.devices.reshape(rows(mesh), -1)]
+  owned = {p: [i for i, group in enumerate(groups) if p in group] for p in set().union(*groups)}
+  count = len(owned[jax.process_index()])
+  aligned = lambda here: here == [*range(here[0], here[0] + count)] and here[0] % count == 0
+  if len(groups) % count or not all(map(aligned, owned.values())):
     raise ValueError(
-      f"{len(groups)} shares of a batch do not fall evenly on {jax.process_count()} processes;"
-      " choose data times fsdp as a multiple or a divisor of the number of processes"
+      f"{len(groups)} shares of a batch do not fall evenly on {len(owned)} processes; choose"
+      " data times fsdp as a multiple or a divisor of the number of processes"
     )
-  return here[0] // count, len(groups) // count
+  return owned[jax.process_index()][0] // count, len(groups) // count
 
 
 def place(batch: Any, mesh: Mesh) -> Any:
