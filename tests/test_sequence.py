@@ -176,6 +176,7 @@ def test_a_ring_gathers_nothing_and_sends_no_more_than_a_shard():
   run = lambda q, k, v: attend(q, k, v, AttentionSpec(masks.Causal()))
   found = collectives(run, (q, k, v), mesh(seq=8), jax.sharding.PartitionSpec(None, "seq"))
   assert found == {"collective-permute": B * 64 // 8 * K * H}
+  assert sequence.first_way(run, mesh(seq=8), q, k, v) == f"seq=8, {sequence.Way('zigzag')}"
   recur = lambda q, k, v: linear_attention(q, k, v)[0]
   found = collectives(recur, (q, k, v), mesh(seq=8), jax.sharding.PartitionSpec(None, "seq"))
   assert found == {"collective-permute": B * N * H * H}

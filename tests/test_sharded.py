@@ -15,7 +15,7 @@ from attnx.attention import AttentionSpec, attend, masks
 from attnx.core import registry
 from attnx.core.tokens import Tokens
 from attnx.sharded.halo import halo_attend
-from attnx.sharded.ring import ring_attend, striped, zigzag
+from attnx.sharded.ring import ring_attend, striped, to_zigzag, zigzag
 from attnx.sharded.sequence import filled
 from attnx.sharded.tree import tree_attend
 from attnx.sharded.ulysses import ulysses_attend
@@ -258,6 +258,21 @@ def test_layouts_share_the_work_of_a_causal_mask():
   assert pairs(zigzag(64, 4), 4) == 520 == 64 * 65 // 2 // 4
   with pytest.raises(ValueError, match="length=30 must be a multiple of 2 size=8"):
     zigzag(30, 4)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8])
+def test_tokens_go_into_zigzag_and_back_in_two_sends(size):
+  x = np.arange(2 * size * 3)[None]
+  there = jax.shard_map(
+    lambda x: to_zigzag(x, "keys"), mesh=mesh(size), in_specs=KEYS, out_specs=KEYS
+  )
+  back = jax.shard_map(
+    lambda x: to_zigzag(to_zigzag(x, "keys"), "keys", back=True),
+    mesh=mesh(size), in_specs=KEYS, out_specs=KEYS,
+  )  # fmt: skip
+  dealt = np.sort(np.asarray(there(x)).reshape(size, -1))
+  np.testing.assert_array_equal(dealt, np.sort(zigzag(x.size, size).reshape(size, -1)))
+  np.testing.assert_array_equal(back(x), x)
 
 
 def test_a_ring_sends_keys_and_a_tree_only_results():

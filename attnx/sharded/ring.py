@@ -220,6 +220,25 @@ def zigzag(length: int, size: int) -> np.ndarray:
   return np.concatenate([chunk[[d, -1 - d]].ravel() for d in range(size)])
 
 
+def to_zigzag(tree: Any, axis_name: str, *, back: bool = False) -> Any:
+  """Shards (B, L / P, ...) of tokens in order to shards of `zigzag`, by two sends of halves.
+
+  Of 2 P chunks a device has 2 d and 2 d + 1, and wants d and 2 P - 1 - d. Each device wants one
+  even and one odd chunk, so that either kind is one permutation of devices. The even one comes to
+  lie first; `back` is the way back.
+  """
+  size = jax.lax.axis_size(axis_name)
+  owner = lambda chunk: min(chunk, 2 * size - 1 - chunk)
+
+  def move(half, first):
+    pairs = [(d, owner(2 * d + first)) for d in range(size)]
+    return jax.lax.ppermute(half, axis_name, [(b, a) for a, b in pairs] if back else pairs)
+
+  halves = [jax.tree.map(lambda x: jnp.split(x, 2, axis=1)[i], tree) for i in (0, 1)]
+  even, odd = (move(half, first) for first, half in enumerate(halves))
+  return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), even, odd)
+
+
 def divides(name: str, size: int, length: int) -> None:
   """Raises ValueError unless tokens can be dealt out evenly."""
   if size < 1 or length % size:

@@ -22,6 +22,7 @@ import numpy as np
 
 from attnx.attention import AttentionSpec, attend_partial
 from attnx.attention.api import check, listening
+from attnx.attention.masks import Range, Span
 from attnx.attention.partial import Partial
 from attnx.attention.spec import Need
 from attnx.core.instead import replacing
@@ -30,7 +31,7 @@ from attnx.core.varying import together
 from attnx.recurrence import convolution, delta, diagonal, linear
 from attnx.sharded import scan
 from attnx.sharded.halo import halo_attend, reach
-from attnx.sharded.ring import ring_partial
+from attnx.sharded.ring import ring_partial, to_zigzag
 from attnx.sharded.rules import ROWS, rows
 from attnx.sharded.tree import merge_tree
 from attnx.sharded.ulysses import numbered, ulysses_attend
@@ -61,7 +62,7 @@ class Way(NamedTuple):
   """How attention goes over the devices that share a sequence.
 
   Attributes:
-    name: "alone", "halo", "heads", "gather", "tree" or "ring".
+    name: "alone", "halo", "heads", "gather", "tree", "zigzag" or "ring".
     before, after: of a halo.
   """
 
@@ -76,6 +77,7 @@ class Way(NamedTuple):
       "heads": "tokens are exchanged for heads, since the normaliser wants whole rows",
       "gather": "each device gathers the keys, since the normaliser wants whole rows and all heads",
       "tree": "queries are everywhere, and what devices see of their keys is merged in a tree",
+      "zigzag": "keys go round a ring, early and late tokens together on each device",
       "ring": "keys go round a ring",
     }[self.name]
 
@@ -93,8 +95,10 @@ def way(
   """How attention goes over a mesh: by what sends least, and is able to.
 
   A tree sends what is read, in float32, twice; a ring the keys and values; halos less, where the
-  mask keeps apart what is far in a sequence of one document. Whole rows of keys meet in halos, or
-  where heads are dealt out, or else where every device gathers the keys.
+  mask keeps apart what is far in a sequence of one document. Where queries see no later keys, the
+  first devices of a ring would have next to nothing to do: tokens are dealt out anew, in zigzag,
+  while it goes round. Whole rows of keys meet in halos, or where heads are dealt out, or else where
+  every device gathers the keys.
   """
   (_, T, N, H), (_, S, K, V) = query.shape, value.shape
   size, parts = mesh.shape[SEQ], mesh.shape[TENSOR]
@@ -110,7 +114,12 @@ def way(
     dealt = N % size == 0 and (K % size == 0 or size % K == 0) and Need.HEADS not in spec.needs
     return Way("heads" if dealt else "gather")
   tree, ring = 2 * T * N * (V + 3) * 4, S * K * (H + V) * value.dtype.itemsize
-  return Way("tree" if T < size or tree <= ring else "ring")
+  if T < size or tree <= ring:
+    return Way("tree")
+  early, late = (Span(at := Range(n, n), at, Range(0, 0)) for n in (0, 1))
+  looks = spec.mask.block(early, late).empty, spec.mask.block(late, early).empty
+  causal = T == S and T % (2 * size) == 0 and looks[0] is True and looks[1] is False
+  return Way("zigzag" if causal else "ring")
 
 
 def in_order(tokens: Tokens | None, length: int) -> bool:
@@ -176,6 +185,10 @@ def attention(
     match how:
       case Way("ring"):
         return ring_partial(query, key, value, spec, **run, axis_name=SEQ)
+      case Way("zigzag"):
+        here = to_zigzag((query, key, value, run), SEQ)
+        p = ring_partial(*here[:3], spec, **here[3], axis_name=SEQ)
+        return to_zigzag(p, SEQ, back=True)
       case Way("heads"):
         return ulysses_attend(query, key, value, spec, **run, axis_name=SEQ, inside=inside)
       case Way("halo", before, after):
