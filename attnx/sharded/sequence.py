@@ -143,7 +143,7 @@ def first_way(function: Callable[..., Any], mesh: Mesh, *args: Any) -> str:
   """How the first call of attention in a function goes over a mesh, in words; nothing runs."""
   found: list[Way] = []
   with listening(lambda *call: found.append(way(*call, mesh=mesh))):
-    jax.eval_shape(function, *args)
+    jax.eval_shape(lambda *args: function(*args), *args)  # traced anew, whatever was traced before
   return f"{SEQ}={mesh.shape[SEQ]}, {found[0]}" if found else "no call of attention"
 
 
