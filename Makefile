@@ -4,7 +4,7 @@ WORKDIR ?= runs/stdlib_bytes
 JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: train test test-slow lint docs catalogue clean
+.PHONY: train test test-slow test-tpu lint docs catalogue clean
 
 train: .venv/run
 	$(BIN)/python -m attnx.train --config configs/stdlib_bytes.py --workdir $(WORKDIR)
@@ -14,6 +14,10 @@ test: .venv/test
 
 test-slow: .venv/test
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
+
+# Compiles for TPUs ahead of time, with libtpu in an environment of its own; wants no TPU.
+test-tpu: .venv-tpu/test
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest tests/test_ring_schedule.py
 
 lint: .venv/test
 	$(BIN)/python -m flake8 attnx pallas_kernels configs experiments tests
@@ -39,5 +43,10 @@ catalogue: .venv/run
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@ .venv/run
 
+.venv-tpu/test: setup.cfg
+	$(PYTHON) -m venv .venv-tpu
+	.venv-tpu/bin/python -m pip install --quiet --editable '.[test,tpu]'
+	touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-tpu build *.egg-info
