@@ -74,8 +74,8 @@ def test_one_of_three_processes_is_killed_and_two_go_on(calm, tmp_path):
 
 @pytest.mark.parametrize("index, number", [
   pytest.param(0, signal.SIGKILL, id="the first is killed"),
-  pytest.param(1, signal.SIGSTOP, id="the second hangs"),
-  pytest.param(0, signal.SIGSTOP, id="the first hangs", marks=pytest.mark.slow),  # as the others
+  pytest.param(1, signal.SIGSTOP, id="the second hangs", marks=pytest.mark.slow),  # as the first
+  pytest.param(0, signal.SIGSTOP, id="the first hangs"),
 ])  # fmt: skip
 def test_one_of_two_processes_is_gone_and_one_goes_on(calm, tmp_path, index, number):
   file, expected = calm

@@ -81,24 +81,27 @@ def test_numbers_out_of_range_are_refused(options):
 
 
 def test_greedy_generation_is_the_loop_of_whole_calls():
-  ids = jnp.asarray(PROMPTS)
-  for _ in range(5):
-    ids = jnp.concatenate([ids, MODEL(ids)[:, -1:].argmax(-1)], axis=1)
-  np.testing.assert_array_equal(sampling.generate(MODEL, jnp.asarray(PROMPTS), 5), ids[:, 6:])
+  whole = jax.jit(lambda ids: MODEL(ids))
+  ids = np.pad(PROMPTS, [(0, 0), (0, 5)])  # a causal model does not see what is not there yet
+  for t in range(6, 11):
+    ids[:, t] = whole(ids)[:, t - 1].argmax(-1)
+  found = jax.jit(lambda prompts: sampling.generate(MODEL, prompts, 5))(PROMPTS)
+  np.testing.assert_array_equal(found, ids[:, 6:])
 
 
 def test_prompts_of_unequal_length_go_on_as_if_each_were_alone():
   lengths = np.array([6, 2, 4])
-  together = sampling.generate(MODEL, jnp.asarray(PROMPTS), 4, lengths=jnp.asarray(lengths))
-  for row, length, out in zip(PROMPTS, lengths, together):
-    alone = sampling.generate(MODEL, jnp.asarray(row[None, :length]), 4)
+  go_on = jax.jit(lambda prompts, lengths: sampling.generate(MODEL, prompts, 4, lengths=lengths))
+  together = go_on(PROMPTS, lengths)
+  for row, length, out in zip(PROMPTS, lengths, together, strict=True):
+    alone = go_on(row[None, :length], lengths=None)
     np.testing.assert_array_equal(out, alone[0])
 
 
 def test_the_same_key_draws_the_same_tokens_and_another_key_others():
   choose = sampling.sampler(temperature=1.5)
-  run = lambda seed: sampling.generate(
-    MODEL, jnp.asarray(PROMPTS), 8, choose=choose, key=jax.random.key(seed)
+  run = jax.jit(
+    lambda seed: sampling.generate(MODEL, PROMPTS, 8, choose=choose, key=jax.random.key(seed))
   )
   np.testing.assert_array_equal(run(0), run(0))
   assert (run(0) != run(1)).any()
