@@ -12,6 +12,7 @@ and give ids.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import inspect
 import json
 import os
 import pathlib
@@ -160,6 +161,9 @@ def decode(values: flags.FlagValues) -> None:
   model, about, step, config = trained.load(pathlib.Path(values.checkpoint), mesh)
   if about.kind != "tokens":
     raise Mistake(f"the model of {values.checkpoint} is one of {about.kind}, which nothing follows")
+  wants = inspect.signature(getattr(model, "init_cache", decode)).parameters
+  if list(wants) != ["batch", "length"]:
+    raise Mistake(f"{config['model']['name']} wants more than a prompt; see attnx.models.sampling")
   with mistakes("the prompt"):
     encode = about.encode or (lambda text: np.asarray([int(word) for word in text.split()]))
     prompts = [np.asarray(encode(r.prompt), np.int32) for r in asked]

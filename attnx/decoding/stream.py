@@ -25,10 +25,10 @@ class Stream:
   """The next tokens of several prompts, all rows at once: an iterator of ids (B,).
 
   Prompts are taken in over the axis "seq", by a ring or a tree, see `sharded.sequence`; caches of
-  kind `full` live there in blocks by turns, and each new token is attended to by a tree. Rows are
-  split over "data" and "fsdp" where these divide them. A row draws its i-th token with a key of its
-  own and of i: neither the other rows nor the number of devices change what it draws, but for
-  logits that tie within rounding.
+  kind `full` live there in blocks by turns, their rows over "data" and "fsdp" where these divide
+  them, and each new token attends by a tree; other caches are everywhere. A row draws its i-th
+  token with a key of its own and of i: neither the other rows nor the number of devices change what
+  it draws, but for logits that tie within rounding.
 
   Args:
     model: has `init_cache` and `step`, its arrays on the devices of `mesh`.
@@ -66,10 +66,10 @@ class Stream:
     whole = size * PIECE if piece is None else piece + -piece % size
     self.piece = min(whole, longest + -longest % size)
     self.length = longest + -longest % self.piece
-    self.ids, position = padded(prompts, self.length)
-    self.position = position
+    self.ids, self.position = padded(prompts, self.length)
     key = jax.random.key(0) if key is None else key
-    self.keys = np.asarray(jax.random.key_data(jax.random.split(key, len(prompts))))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(len(prompts)))
+    self.keys = np.asarray(jax.random.key_data(keys))
 
     def init(state):
       return nnx.merge(graph, state).init_cache(len(prompts), longest + count)
