@@ -23,59 +23,25 @@ from typing import Any
 from absl import flags
 import numpy as np
 
-from attnx.core import registry
 from attnx.decoding.text import Request, Text
-from attnx.train import undashed
 from attnx.training import config as configs
+from attnx.training.command import Command, Flag
 from attnx.training.config import Mistake
 
 
-def command_line() -> flags.FlagValues:
-  """The flags; not absl's own, so that --help is what matters here."""
-  values = flags.FlagValues()
-  kinds: Any = (
-    (flags.DEFINE_string, "checkpoint", None, "Workdir of a run, or its checkpoints/STEP."),
-    (flags.DEFINE_string, "prompt_file", None, "What to go on from: text, or requests (.jsonl)."),
-    (flags.DEFINE_string, "prompt", None, "What to go on from, instead of a file."),
-    (flags.DEFINE_integer, "max_new_tokens", 256, "Tokens after each prompt, at the most."),
-    (flags.DEFINE_multi_string, "stop", [], "Ends a text, and is not shown; may be given again."),
-    (flags.DEFINE_string, "mesh", None, "Devices, e.g. seq=4,tensor=2; all share the sequence."),
-    (flags.DEFINE_float, "temperature", 1.0, "Of the draws; 0 takes the most probable token."),
-    (flags.DEFINE_integer, "top_k", None, "Draw from the k most probable tokens."),
-    (flags.DEFINE_float, "top_p", None, "Draw from the fewest tokens with this probability."),
-    (flags.DEFINE_float, "min_p", None, "Draw tokens this probable beside the most probable."),
-    (flags.DEFINE_integer, "seed", 0, "Of the draws; the same one gives the same text."),
-    (flags.DEFINE_string, "coordinator", None, "host:port of process 0, for several processes."),
-    (flags.DEFINE_integer, "num_processes", None, "How many processes there are."),
-    (flags.DEFINE_integer, "process_id", None, "Which of them this is, from 0."),
-    (flags.DEFINE_float, "patience", 45.0, "Seconds of silence after which a process is gone."),
-    (flags.DEFINE_bool, "traceback", False, "Show where a mistake was found."),
-    (flags.DEFINE_bool, "help", False, "Show this."),
-  )
-  for define, name, default, text in kinds:
-    define(name, default, text, flag_values=values)
-  return values
-
-
-def usage() -> str:
-  """What --help prints."""
-  values = command_line()
-  told = lambda name: values[name].help.split(";\n")[0]  # without what absl adds
-  lines = [f"  --{name.replace('_', '-'):16} {told(name)}" for name in values]
-  return "\n".join([__doc__.strip(), "", *lines])
-
-
-def parse(argv: Sequence[str]) -> flags.FlagValues:
-  """The flags; refuses everything else."""
-  values = command_line()
-  try:
-    rest = values([undashed(a) for a in argv], known_only=True)[1:]
-  except flags.Error as error:
-    raise Mistake(configs.sentence(error)) from error
-  if rest:
-    name = rest[0].lstrip("-").split("=")[0]
-    raise Mistake(f"there is no flag --{name}; {registry.suggestion(name, values)}")
-  return values
+FLAGS: Sequence[Flag] = (
+  (flags.DEFINE_string, "checkpoint", None, "Workdir of a run, or its checkpoints/STEP."),
+  (flags.DEFINE_string, "prompt_file", None, "What to go on from: text, or requests (.jsonl)."),
+  (flags.DEFINE_string, "prompt", None, "What to go on from, instead of a file."),
+  (flags.DEFINE_integer, "max_new_tokens", 256, "Tokens after each prompt, at the most."),
+  (flags.DEFINE_multi_string, "stop", [], "Ends a text, and is not shown; may be given again."),
+  (flags.DEFINE_string, "mesh", None, "Devices, e.g. seq=4,tensor=2; all share the sequence."),
+  (flags.DEFINE_float, "temperature", 1.0, "Of the draws; 0 takes the most probable token."),
+  (flags.DEFINE_integer, "top_k", None, "Draw from the k most probable tokens."),
+  (flags.DEFINE_float, "top_p", None, "Draw from the fewest tokens with this probability."),
+  (flags.DEFINE_float, "min_p", None, "Draw tokens this probable beside the most probable."),
+  (flags.DEFINE_integer, "seed", 0, "Of the draws; the same one gives the same text."),
+)
 
 
 def requests(values: flags.FlagValues) -> list[Request]:
@@ -187,34 +153,23 @@ def decode(values: flags.FlagValues) -> None:
         break
 
 
+def work(values: flags.FlagValues, _: list[str]) -> None:
+  """Decodes what the flags say."""
+  if values.checkpoint is None:
+    raise Mistake("say which model: --checkpoint WORKDIR")
+  from attnx.training import processes  # here, so that --help is instant
+
+  with processes.guarded(
+    values.coordinator, values.num_processes, values.process_id, program="attnx.decode",
+    lost=lambda: "what was decoded is above; the same command begins anew, with any processes",
+    patience=values.patience,
+  ):  # fmt: skip
+    decode(values)
+
+
 def main(argv: Sequence[str]) -> int:
   try:
-    values = parse(argv)
-    if values.help or len(argv) == 1:
-      print(usage())
-      return 0
-    if values.checkpoint is None:
-      raise Mistake("say which model: --checkpoint WORKDIR")
-    from attnx.training import processes  # here, so that --help is instant
-
-    with processes.guarded(
-      values.coordinator, values.num_processes, values.process_id, program="attnx.decode",
-      lost=lambda: "what was decoded is above; the same command begins anew, with any processes",
-      patience=values.patience,
-    ):  # fmt: skip
-      decode(values)
-    return 0
-  except Mistake as mistake:
-    if "--traceback" in argv:
-      raise
-    print(f"attnx.decode: {mistake}", file=sys.stderr)
-    return 2
-  except configs.Stopped as stopped:
-    print(f"attnx.decode: {stopped}", file=sys.stderr)
-    return stopped.code
-  except KeyboardInterrupt:
-    print("\nattnx.decode: interrupted", file=sys.stderr)
-    return 130
+    return Command("attnx.decode", __doc__, FLAGS).run(argv, work, "interrupted")
   except BrokenPipeError:  # nobody reads on, as after `| head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

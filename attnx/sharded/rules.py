@@ -17,10 +17,10 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-AXES = ("data", "fsdp", "tensor", "seq")
-ROWS = ("data", "fsdp")  # of a batch
+ROWS, TENSOR, SEQ = ("data", "fsdp"), "tensor", "seq"
+AXES = (*ROWS, TENSOR, SEQ)
 SMALLEST = 2**12  # elements; splitting less costs more in messages than it saves in memory
-TENSOR = (  # of the models: which axis, counted from the last, has heads or hidden channels
+SPLIT = (  # of the models: which axis, counted from the last, has heads or hidden channels
   (r"(mixer|cross)\.(query|key|value|gate)\.kernel$", 2),  # (D, N, H)
   (r"(mixer|cross)\.out\.kernel$", 3),  # (N, V, D)
   (r"mlp\.(gate|up)\.kernel$", 1),  # (D, F)
@@ -61,7 +61,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, Sequence[str | N
   """A NamedSharding for every leaf: of the first rule that its path matches, else the default.
 
   The default, for arrays of at least 4096 elements, splits heads and hidden channels over "tensor"
-  as `TENSOR` says, and over "fsdp" the longest other axis that it divides, the last of several.
+  as `SPLIT` says, and over "fsdp" the longest other axis that it divides, the last of several.
 
   Args:
     tree: arrays or ShapeDtypeStructs.
@@ -95,11 +95,11 @@ def parsed(rule: Any) -> tuple[re.Pattern[str], tuple[Any, ...]]:
 
 
 def default(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-  """What `TENSOR` says of the path, and "fsdp" on the longest other axis that can be split."""
+  """What `SPLIT` says of the path, and "fsdp" on the longest other axis that can be split."""
   axes: list[str | None] = [None] * len(shape)
   if math.prod(shape) < SMALLEST:
     return PartitionSpec()
-  for pattern, last in TENSOR:
+  for pattern, last in SPLIT:
     if re.search(pattern, path) and last <= len(shape) and mesh.shape["tensor"] > 1:
       axes[-last] = "tensor" if shape[-last] % mesh.shape["tensor"] == 0 else None
   free = [i for i, n in enumerate(shape) if axes[i] is None and n % mesh.shape["fsdp"] == 0]
