@@ -46,10 +46,10 @@ def remains(workdir: pathlib.Path | None) -> str:
   """What a run goes on from that ends here and now."""
   if workdir is None:
     return "without a workdir nothing is kept"
+  from attnx.training import checkpoint  # as in `work`
+
   where = workdir / "checkpoints"
-  names = [p.name for p in where.iterdir()] if where.is_dir() else []
-  steps = sorted(int(name) for name in names if name.isdecimal())
-  if not steps:
+  if not (steps := checkpoint.steps(where)):
     return f"no checkpoint is in {where} yet; started again, the run begins anew"
   return (
     f"whole checkpoints in {where}: {', '.join(map(str, steps))}; started again, with these "

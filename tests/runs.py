@@ -57,17 +57,20 @@ def start(
 
   One that is `doomed` to be killed fills no cache.
   """
-  flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
-  environment = os.environ | dict(
-    XLA_FLAGS=flags,  # otherwise those of this process, whose results it may have to equal
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9" if doomed else "0",
-  )
+  cache = dict(JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1e9" if doomed else "0")
   code = f"{after}\nimport sys, attnx.train\nsys.exit(attnx.train.main(['train', *sys.argv[1:]]))"
   command = [sys.executable, *(("-c", code) if after else ("-m", "attnx.train"))]
   command += [f"--config={file}", *map(str, arguments)]
   return subprocess.Popen(
-    command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-  )
+    command, env=environment(devices) | cache,
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+  )  # fmt: skip
+
+
+def environment(devices: int) -> dict[str, str]:
+  """Of a process with so many devices, and otherwise the flags of this one, which it may equal."""
+  flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+  return os.environ | dict(XLA_FLAGS=flags)
 
 
 def free_port() -> int:

@@ -1,7 +1,6 @@
 """attnx.decode: the same text on any number of devices and processes, and nothing gathered."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from attnx.sharded import rules
 from attnx.training import plan as plans
 from attnx.training.checkpoint import Checkpoints
 from attnx.training.loop import named
-from runs import TINY, ended, free_port
+from runs import TINY, ended, environment, free_port
 
 MIXERS = (
   dict(name="attention", num_heads=4, num_kv_heads=2, position="rope"),
@@ -68,11 +67,10 @@ def begun(devices: int, workdir, *arguments, count: int = 1) -> list[subprocess.
     sys.executable, "-m", "attnx.decode", f"--checkpoint={workdir}", f"--prompt={PROMPT}",
     "--max-new-tokens=40", *arguments, *(where if count > 1 else ()),
   ]  # fmt: skip
-  flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
   return [
     subprocess.Popen(
       [*command, *([f"--process-id={i}"] if count > 1 else ())],
-      env=os.environ | dict(XLA_FLAGS=flags),
+      env=environment(devices),
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
     for i in range(count)

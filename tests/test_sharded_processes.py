@@ -1,7 +1,6 @@
 """Attention and recurrences over several processes are those of one device."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import sys
 import pytest
 
 from attnx.sharded.tree import REDUCTIONS
-from runs import ended, free_port
+from runs import ended, environment, free_port
 
 PROGRAM = pathlib.Path(__file__).with_name("sharded_process.py")
 CHECKS = {"ring", "ulysses", "recurrence"} | {
@@ -26,11 +25,10 @@ CLOSE = {"float32": 1e-5, "float64": 1e-9}
   pytest.param(2, 1, ["float32", "float64"], marks=pytest.mark.slow),  # as the others
 ], ids=["2 of 4 devices", "4 of 1", "2 of 1"])  # fmt: skip
 def test_processes_are_as_one_device(count, devices, dtypes):
-  flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
   where = [sys.executable, str(PROGRAM), f"127.0.0.1:{free_port()}", str(count)]
   processes = [
     subprocess.Popen(
-      [*where, str(i), *dtypes], env=os.environ | dict(XLA_FLAGS=flags), text=True,
+      [*where, str(i), *dtypes], env=environment(devices), text=True,
       stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
     for i in range(count)

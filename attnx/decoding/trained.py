@@ -19,6 +19,7 @@ from attnx.sharded import rules
 from attnx.training import checkpoint as checkpoints
 from attnx.training import config as configs
 from attnx.training.config import Mistake, sentence
+from attnx.training.loop import named
 from attnx.training.plan import mistakes
 
 
@@ -51,7 +52,7 @@ def load(where: pathlib.Path, mesh: Mesh) -> Trained:
   chosen = where.name.isdecimal() and where.parent.name == "checkpoints"
   workdir = where.parent.parent if chosen else where
   config = resolved(workdir / "config.json")
-  steps = [int(where.name)] if chosen else whole(workdir / "checkpoints")
+  steps = [int(where.name)] if chosen else checkpoints.steps(workdir / "checkpoints")
   step = int(multihost_utils.broadcast_one_to_all(np.int32(newest(workdir, steps))))
   checkpoint = (workdir / "checkpoints" / str(step)).absolute()
   with mistakes("config.data"):
@@ -62,12 +63,11 @@ def load(where: pathlib.Path, mesh: Mesh) -> Trained:
   state = dict(zip(("params", "rest"), shapes, strict=True))
   with mistakes("config.sharding"):
     places = rules.shardings(state, mesh, config["sharding"])
-  wanted = {
-    rules.name(path): jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    for (path, x), place in zip(
-      jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(places), strict=True
+  wanted = named(
+    jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
     )
-  }
+  )
   arrays = read(checkpoint, wanted)
   state = jax.tree.unflatten(jax.tree.structure(state), [arrays[name] for name in wanted])
   return Trained(nnx.merge(graph, state["params"], state["rest"]), about, step, config)
@@ -88,18 +88,12 @@ def resolved(file: pathlib.Path) -> dict[str, Any]:
   return configs.complete(**config)
 
 
-def whole(directory: pathlib.Path) -> list[int]:
-  """Steps that a folder has, the newest first."""
-  names = (p.name for p in directory.iterdir()) if directory.is_dir() else ()
-  return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-
-
 def newest(workdir: pathlib.Path, steps: list[int]) -> int:
-  """The first of the steps whose checkpoint is as it was written; process 0 looks."""
+  """The last of the steps whose checkpoint is as it was written; process 0 looks."""
   if jax.process_index():
     return 0
   faults = []
-  for step in steps:
+  for step in reversed(steps):
     if (fault := checkpoints.damage(workdir / "checkpoints" / str(step))) is None:
       return step
     faults.append(f"that of step {step}: {fault}")

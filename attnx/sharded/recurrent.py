@@ -89,6 +89,8 @@ def recurrence(mesh: Mesh, function: Callable, how: Recurrence, *args: Any, **kw
     body,
     mesh=mesh,
     in_specs=({name: place(how.arguments[name], x) for name, x in arrays.items()},),
-    out_specs=jax.tree.map(place, how.outputs, jax.eval_shape(lambda x: alone(**x), arrays)),
+    out_specs=jax.tree.map(
+      lambda layout: PartitionSpec(*(split.get(axis) for axis in layout.rstrip("."))), how.outputs
+    ),
   )
   return run(arrays)

@@ -45,12 +45,17 @@ def over(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
     >>> with over(make_mesh(seq=8)):                          # doctest: +SKIP
     ...   logits = jax.jit(model)(ids)
   """
-  if mesh.shape[SEQ] == mesh.shape[TENSOR] == 1:
+  if not shared(mesh):
     return contextlib.nullcontext()
   table: dict[Any, Callable] = {attend_partial: functools.partial(attention, mesh)}
   for function, how in RECURRENCES.items():
     table[function] = functools.partial(recurrence, mesh, function, how)
   return replacing(table)
+
+
+def shared(mesh: Mesh) -> bool:
+  """Whether devices share the tokens or the heads of the same rows."""
+  return mesh.shape[SEQ] * mesh.shape[TENSOR] > 1
 
 
 class Way(NamedTuple):

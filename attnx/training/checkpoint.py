@@ -79,7 +79,7 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Of what is committed, in order."""
-    return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal())
+    return steps(self.directory)
 
   def save(self, step: int, arrays: Mapping[str, jax.Array], host: Any) -> None:
     """Starts to save; returns when the arrays may be donated.
@@ -195,6 +195,12 @@ class Checkpoints:
         "going back to the one before"
       )
     return -1
+
+
+def steps(directory: pathlib.Path) -> list[int]:
+  """Of the checkpoints in a folder, in order; none where there is no folder."""
+  names = [p.name for p in directory.iterdir()] if directory.is_dir() else []
+  return sorted(int(name) for name in names if name.isdecimal())
 
 
 def damage(checkpoint: pathlib.Path) -> str | None:

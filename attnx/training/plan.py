@@ -126,8 +126,9 @@ def make(config: Mapping[str, Any]) -> Plan:
   plan = Plan(config, about, mesh, graph, transformation, schedule, state, batch)
   with mistakes("config.model"):
     plan = dataclasses.replace(plan, flops=work(plan))
-    with sequence.over(mesh):  # what cannot go over devices says so now
-      jax.eval_shape(learned(plan), plan.state, plan.batch)
+    if sequence.shared(mesh):
+      with sequence.over(mesh):  # what cannot go over devices says so now
+        jax.eval_shape(learned(plan), plan.state, plan.batch)
     return plan
 
 
