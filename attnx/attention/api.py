@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnx.attention import chunked, reference
+from attnx.attention import chunked, pallas_tpu, reference
 from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec, Need
 from attnx.core.instead import replaceable
@@ -45,6 +45,9 @@ class Implementation:
 
 
 IMPLEMENTATIONS = {  # in order of preference
+  "pallas_tpu": Implementation(
+    pallas_tpu.partial, offers=frozenset(Need) - {Need.ROW}, refusal=pallas_tpu.refusal
+  ),
   "chunked": Implementation(chunked.partial, offers=frozenset(Need)),
   "reference": Implementation(reference.partial, offers=frozenset(Need)),
 }

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attnx.core import struct
+from attnx.core.lookup import Tile
 from attnx.core.tokens import Tokens
 
 Bool = Any  # a bool, or a NumPy or JAX array of them: whatever comparing the ends of spans gives
@@ -65,6 +66,13 @@ class Mask:
   def block(self, q: Span, k: Span) -> Block:
     del q, k
     return PARTIAL
+
+  def beside(self, q: Tokens) -> Mask:
+    """The same mask for these queries, with its arrays laid out along them as a `Table`.
+
+    Kernels ask for it, since their tiles cannot gather; see `attnx.core.lookup`.
+    """
+    return self
 
   def __and__(self, other: Mask) -> Mask:
     return And(self, other)
@@ -145,8 +153,10 @@ class Dense(Mask):
     return "mask", self.visible
 
 
-def pick(array: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
+def pick(array: jax.Array | Tile, q: Tokens, k: Tokens) -> jax.Array:
   """The entries of a dense (#B, #N, #T, #S) array that belong to a tile of tokens."""
+  if isinstance(array, Tile):  # a kernel has them already
+    return array.values
   ids = [q.batch, q.head, q.index, k.index]
   at = tuple(0 if size == 1 else i for size, i in zip(array.shape, ids, strict=True))
   return jnp.asarray(array)[at]

@@ -20,13 +20,20 @@ class Normaliser:
 
   needs: ClassVar[frozenset[str]] = frozenset()
 
+  def height(self, scores: jax.Array) -> jax.Array | None:
+    """What the peak of a row is the maximum of, pair by pair; None: weights do not rescale."""
+    del scores
+    return None
+
   def peak(self, scores: jax.Array, visible: jax.Array) -> jax.Array:
     """The score (B, N, T) that the weights of these keys are best measured from.
 
     Zero, unless the normaliser rescales; then -inf where nothing is visible.
     """
-    del visible
-    return jnp.zeros(scores.shape[:-1], scores.dtype)
+    height = self.height(scores)
+    if height is None:
+      return jnp.zeros(scores.shape[:-1], scores.dtype)
+    return jnp.where(visible, height, -jnp.inf).max(-1)
 
   def weigh(self, scores: jax.Array, visible: jax.Array, peak: jax.Array) -> jax.Array:
     """Unnormalised weights (B, N, T, S) measured from `peak`, zero where not visible.
@@ -47,8 +54,8 @@ class Normaliser:
 class Softmax(Normaliser):
   """exp(s_j) / sum_k exp(s_k)."""
 
-  def peak(self, scores, visible):
-    return jnp.where(visible, scores, -jnp.inf).max(-1)
+  def height(self, scores):
+    return scores
 
   def weigh(self, scores, visible, peak):
     return jnp.exp(jnp.where(visible, scores - peak, -jnp.inf))

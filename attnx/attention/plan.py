@@ -21,23 +21,29 @@ class Plan:
   """What a mask says of every tile: NumPy arrays where tokens are known on the host, else traced.
 
   Attributes:
-    empty: (nq, nk) bool, no pair of the tile may meet.
-    full: (nq, nk) bool, every pair may meet, and no token of the tile is padding.
+    empty: (nq, nk) bool, no pair of the tile may meet; (#B, nq, nk) in `rows`.
+    full: likewise, every pair may meet, and no token of the tile is padding.
   """
 
   empty: Any
   full: Any
 
   def kinds(self) -> Any:
-    """EMPTY, PARTIAL or FULL for every tile, (nq, nk) int32."""
+    """EMPTY, PARTIAL or FULL for every tile, int32 of the same shape."""
     return 1 - self.empty.astype(np.int32) + self.full.astype(np.int32)
 
 
 def tiles(mask: Mask, q_tokens: Tokens, k_tokens: Tokens, q_chunk: int, k_chunk: int) -> Plan:
+  """One plan for all rows of the batch: a tile is empty or full only if it is so in each."""
+  plan = rows(mask, q_tokens, k_tokens, q_chunk, k_chunk)
+  empty = plan.empty.all(0)
+  return Plan(empty=empty, full=plan.full.all(0) & ~empty)
+
+
+def rows(mask: Mask, q_tokens: Tokens, k_tokens: Tokens, q_chunk: int, k_chunk: int) -> Plan:
   """The verdict of `mask` over all pairs of a chunk of queries and a chunk of keys.
 
-  Costs a few integers for every tile, never an array of pairs. A tile counts as empty or full only
-  if it is so in every row of the batch.
+  Costs a few integers for every tile, never an array of pairs.
 
   Args:
     mask: also given positions at run time; then the plan is traced.
@@ -46,11 +52,11 @@ def tiles(mask: Mask, q_tokens: Tokens, k_tokens: Tokens, q_chunk: int, k_chunk:
   """
   q, q_any, q_all = spans(q_tokens, q_chunk)
   k, k_any, k_all = spans(k_tokens, k_chunk)
-  rows, columns = lambda x: x[:, :, None], lambda x: x[:, None, :]
-  block = mask.block(jax.tree.map(rows, q), jax.tree.map(columns, k))
-  empty = block.empty | ~(rows(q_any) & columns(k_any))
-  full = block.full & rows(q_all) & columns(k_all)
-  return Plan(empty=empty.all(0), full=(full & ~empty).all(0))
+  line, column = lambda x: x[:, :, None], lambda x: x[:, None, :]
+  block = mask.block(jax.tree.map(line, q), jax.tree.map(column, k))
+  empty = block.empty | ~(line(q_any) & column(k_any))
+  full = block.full & line(q_all) & column(k_all)
+  return Plan(empty=empty, full=full & ~empty)
 
 
 def spans(tokens: Tokens, chunk: int) -> tuple[Span, Any, Any]:

@@ -15,6 +15,7 @@ from attnx.attention.normalisers import Normaliser, Softmax
 from attnx.attention.partial import Partial
 from attnx.attention.transforms import Readout, Transform
 from attnx.core import struct
+from attnx.core.lookup import Table
 from attnx.core.tokens import Tokens
 
 
@@ -103,14 +104,14 @@ class AttentionSpec:
     """The scale that applies to keys of width H."""
     return head_dim**-0.5 if self.scale is None else self.scale
 
-  def tables(self, query: jax.Array) -> tuple[jax.Array | None, ...]:
-    """What the transforms want to know of each query (B, T, N, H), as (B, N, T, R) each."""
+  def tables(self, query: jax.Array) -> tuple[Table | None, ...]:
+    """What the transforms look up, given the queries (B, T, N, H)."""
     query = query * self.factor(query.shape[-1])
     tables = [transform.table(query) for transform in self.transforms]
-    return tuple(None if table is None else jnp.swapaxes(table, 1, 2) for table in tables)
+    return tuple(None if table is None else Table(jnp.swapaxes(table, 1, 2)) for table in tables)
 
   def score(
-    self, products: jax.Array, q: Tokens, k: Tokens, tables: tuple[jax.Array | None, ...]
+    self, products: jax.Array, q: Tokens, k: Tokens, tables: tuple[Table | None, ...]
   ) -> jax.Array:
     """Scaled products (B, N, T, S) to scores, for one tile of keys.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import ClassVar
 
 import jax
@@ -18,10 +20,11 @@ class Transform:
   needs: ClassVar[frozenset[str]] = frozenset()
 
   def table(self, query: jax.Array) -> jax.Array | None:
-    """What `__call__` wants to know of each query, (B, T, N, R) of scaled queries (B, T, N, H).
+    """What `__call__` looks up, (#B, #T, #N, R) of scaled queries (B, T, N, H).
 
-    It comes back as `q.table`, (B, N, T, R). A relative embedding multiplies its R vectors here
-    once a query and only gathers in `__call__`, where keys are many. None: nothing is wanted.
+    It comes back as `q.table`, a `Table`. A relative embedding multiplies its R vectors here once a
+    query and only looks up in `__call__`, where keys are many; a bias that is learned for each head
+    gives its rows as they are, (1, 1, N, R). None: nothing is wanted.
     """
     del query
     return None
@@ -121,4 +124,5 @@ class ZeroHeads(Transform):
       raise ValueError(f"heads={self.heads} must be some of 0 .. {self.num_heads - 1}")
 
   def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
-    return jnp.where(jnp.isin(jnp.asarray(q.head), jnp.array(self.heads)), 0.0, scores)
+    chosen = functools.reduce(operator.or_, (q.head == head for head in self.heads))
+    return jnp.where(chosen, 0.0, scores)

@@ -9,7 +9,7 @@ import numpy as np
 _GOLDEN, _M1, _M2 = np.uint32(0x9E3779B9), np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)
 
 
-def hash_bits(key: jax.Array, *coordinates: jax.Array | int) -> jax.Array:
+def hash_bits(key: jax.Array | tuple[jax.Array, ...], *coordinates: jax.Array | int) -> jax.Array:
   """h(key, c_1, c_2, ...): 32 bits for every point of the broadcast coordinates.
 
   Each coordinate is added and mixed by the finaliser of MurmurHash3, so that neighbouring points
@@ -17,21 +17,29 @@ def hash_bits(key: jax.Array, *coordinates: jax.Array | int) -> jax.Array:
   kernel, a shard or a chunk the bits are those of the whole array.
 
   Args:
-    key: a JAX key, new or old style.
+    key: a JAX key, new or old style, or its words.
     coordinates: integers that broadcast against each other.
 
   Returns:
     uint32 of the broadcast shape.
   """
-  data = key if jnp.issubdtype(key.dtype, jnp.uint32) else jax.random.key_data(key)
-  words = [data.reshape(-1)[i] for i in range(data.size)]
   state = jnp.zeros((), jnp.uint32)
-  for word in (*words, *coordinates):
+  for word in (*words(key), *coordinates):
     state = _mix((state + _GOLDEN) * np.uint32(5) ^ _mix(jnp.asarray(word).astype(jnp.uint32)))
   return state
 
 
-def keep(key: jax.Array, rate: float, *coordinates: jax.Array | int) -> jax.Array:
+def words(key: jax.Array | tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+  """The 32-bit words of a JAX key."""
+  if isinstance(key, tuple):
+    return key
+  data = key if jnp.issubdtype(key.dtype, jnp.uint32) else jax.random.key_data(key)
+  return tuple(data.reshape(-1)[i] for i in range(data.size))
+
+
+def keep(
+  key: jax.Array | tuple[jax.Array, ...], rate: float, *coordinates: jax.Array | int
+) -> jax.Array:
   """Bernoulli(1 - rate), True where the point is kept; the coordinates are as in `hash_bits`."""
   return hash_bits(key, *coordinates) >= np.uint32(min(int(rate * 2**32), 2**32 - 1))
 

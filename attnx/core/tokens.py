@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx.core import struct
+from attnx.core.lookup import Table
 
 
 @struct.dataclass
@@ -26,7 +27,7 @@ class Tokens:
     segment: document id, for rows that pack several documents.
     batch: row of the batch; set by `rows`.
     head: query head; set by `rows`.
-    table: what a transform prepared for each query, (B, N, T, R); set by `AttentionSpec.weigh`.
+    table: what a transform prepared for each query or head; set by `AttentionSpec.score`.
   """
 
   index: jax.Array
@@ -34,7 +35,7 @@ class Tokens:
   segment: jax.Array
   batch: jax.Array | None = None
   head: jax.Array | None = None
-  table: jax.Array | None = None
+  table: Table | None = None
 
   @classmethod
   def of_length(cls, length: int, *, offset: jax.Array | int = 0) -> Tokens:

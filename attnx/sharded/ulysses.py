@@ -127,7 +127,10 @@ class NumberedTransform(Numbered, Transform):
   head: jax.Array
 
   def table(self, query: jax.Array) -> jax.Array | None:
-    return self.inner.table(query)
+    table, N = self.inner.table(query), query.shape[2]
+    if table is None or table.shape[2] in (1, N):
+      return table
+    return jax.lax.dynamic_slice_in_dim(table, self.head, N, axis=2)  # of all heads, those here
 
 
 @struct.dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from attnx.attention.masks import pick
@@ -30,7 +29,12 @@ class Scale(Transform):
   factor: jax.Array
 
   def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
-    return scores * pick(jnp.asarray(self.factor), q, k).astype(scores.dtype)
+    return scores * pick(self.factor, q, k).astype(scores.dtype)
+
+  @property
+  def by_place(self) -> tuple[str, jax.Array]:
+    """The array that is indexed by place, for `attend` to check."""
+    return "factor", self.factor
 
 
 ENTRY = Entry(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 
-from attnx.attention.masks import Block, Mask, Span
+from attnx.attention.masks import Block, Mask, Span, pick
 from attnx.core import struct
+from attnx.core.lookup import Tile
 from attnx.core.registry import Entry
 from attnx.core.tokens import Tokens
 
@@ -46,10 +48,16 @@ class Prefixes(Mask):
 
   needs: ClassVar[frozenset[str]] = frozenset({"index"})
 
-  lengths: jax.Array
+  lengths: jax.Array | Tile
 
   def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
-    return (k.position <= q.position) | (k.position < self.lengths[q.batch])
+    return (k.position <= q.position) | (k.position < pick(self.by_place[1], q, k))
+
+  @property
+  def by_place(self) -> tuple[str, jax.Array | Tile]:
+    """The array that is indexed by place, for `attend` to check."""
+    tiled = isinstance(self.lengths, Tile)
+    return "prefix", self.lengths if tiled else jnp.reshape(self.lengths, (-1, 1, 1, 1))
 
   def block(self, q: Span, k: Span) -> Block:
     return _block(q, k, self.lengths.min(), self.lengths.max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from attnx.attention.masks import Block, Mask, Span
 from attnx.core import struct
+from attnx.core.lookup import Table
 from attnx.core.registry import Entry
 from attnx.core.tokens import Tokens
 
@@ -24,14 +26,23 @@ class SelectedBlocks(Mask):
 
   needs: ClassVar[frozenset[str]] = frozenset({"index"})
 
-  selected: jax.Array
+  selected: jax.Array | Table
   q_block: int = struct.static()
   k_block: int = struct.static()
 
   def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
+    if isinstance(self.selected, Table):
+      return self.selected.at(k.index // self.k_block) > 0
     B, N = self.selected.shape[:2]
     row, head = (q.batch if B > 1 else 0), (q.head if N > 1 else 0)
     return jnp.asarray(self.selected)[row, head, q.index // self.q_block, k.index // self.k_block]
+
+  def beside(self, q: Tokens) -> SelectedBlocks:
+    block = jnp.asarray(q.index)[:, None, :] // self.q_block  # (#B, 1, T)
+    ids = (jnp.arange(n).reshape(shape) if n > 1 else 0
+           for n, shape in zip(self.selected.shape, ((-1, 1, 1), (1, -1, 1))))  # fmt: skip
+    rows = jnp.asarray(self.selected)[(*ids, block)].astype(jnp.int32)
+    return dataclasses.replace(self, selected=Table(rows))
 
   def block(self, q: Span, k: Span) -> Block:
     """From sums over rectangles of the table, which cost four look-ups a tile."""

@@ -19,8 +19,8 @@ class Cog(Softmax):
   negative, the heavier. The paper keeps softmax in the first and last layer (arXiv:2411.07176).
   """
 
-  def peak(self, scores: jax.Array, visible: jax.Array) -> jax.Array:
-    return super().peak(jnp.abs(scores), visible)
+  def height(self, scores: jax.Array) -> jax.Array:
+    return jnp.abs(scores)
 
   def weigh(self, scores: jax.Array, visible: jax.Array, peak: jax.Array) -> jax.Array:
     return jnp.sign(scores) * super().weigh(jnp.abs(scores), visible, peak)

@@ -39,12 +39,11 @@ class MusicRelative(Transform):
     return jnp.einsum(product, query, jnp.asarray(self.embedding).astype(query.dtype))
 
   def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
-    rows = self.embedding.shape[-2]
+    rows = q.table.size
     origin = rows // 2 if self.bidirectional else rows - 1
     row = origin - (q.position - k.position)
     inside = (row >= 0) & (row < rows)
-    at = jnp.broadcast_to(jnp.clip(row, 0, rows - 1), scores.shape)
-    return scores + jnp.where(inside, jnp.take_along_axis(jnp.asarray(q.table), at, axis=-1), 0.0)
+    return scores + jnp.where(inside, q.table.at(jnp.clip(row, 0, rows - 1)), 0.0)
 
 
 def music_relative(

@@ -29,10 +29,13 @@ class RelativeBias(Transform):
 
   bias: jax.Array
 
+  def table(self, query: jax.Array) -> jax.Array:
+    return jnp.asarray(self.bias).astype(query.dtype).T[None, None]
+
   def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
-    farthest = self.bias.shape[0] // 2
+    farthest = q.table.size // 2
     distance = jnp.clip(k.position - q.position, -farthest, farthest)
-    return scores + jnp.asarray(self.bias).astype(scores.dtype)[distance + farthest, q.head]
+    return scores + q.table.at(distance + farthest)
 
 
 def relative_bias(num_heads: int, max_distance: int = 1024, *, rngs: nnx.Rngs) -> RelativeBias:

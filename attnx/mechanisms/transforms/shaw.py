@@ -56,8 +56,7 @@ class RelativeKeys(Transform):
     return jnp.einsum("btnh,rh->btnr", query, jnp.asarray(self.keys).astype(query.dtype))
 
   def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
-    relation = jnp.broadcast_to(_relation(q, k, self.keys.shape[0]), scores.shape)
-    return scores + jnp.take_along_axis(jnp.asarray(q.table), relation, axis=-1)
+    return scores + q.table.at(_relation(q, k, q.table.size))
 
 
 def _relation(q: Tokens, k: Tokens, size: int) -> jax.Array:

@@ -39,12 +39,14 @@ class T5Bias(Transform):
   max_distance: int = struct.static(128)
   bidirectional: bool = struct.static(True)
 
+  def table(self, query: jax.Array) -> jax.Array:
+    of_distance = buckets(self.bias.shape[0], self.max_distance, self.bidirectional)
+    return jnp.asarray(self.bias)[of_distance].astype(query.dtype).T[None, None]
+
   def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
     reach = self.max_distance
-    of_distance = buckets(self.bias.shape[0], reach, self.bidirectional)
-    by_distance = jnp.asarray(self.bias)[of_distance].astype(scores.dtype)  # (2 reach + 1, N)
     distance = jnp.clip(k.position - q.position, -reach, reach)
-    return scores + by_distance[distance + reach, q.head]
+    return scores + q.table.at(distance + reach)
 
 
 @functools.cache

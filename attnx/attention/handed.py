@@ -1,0 +1,146 @@
+"""What a spec holds in arrays, as kernels are handed it: operands, and the spec around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attnx.attention import plan as plans
+from attnx.attention.masks import Mask, pick
+from attnx.attention.spec import AttentionSpec
+from attnx.attention.transforms import Dropout
+from attnx.core import random
+from attnx.core.lookup import Table, Tile
+from attnx.core.tokens import Tokens
+
+
+class Operand(NamedTuple):
+  """An array (#B, #N, #T, X), and whether X runs along the keys; otherwise a row is whole."""
+
+  array: jax.Array
+  pairs: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+  """Where an array was: its operands by number, and what a part makes of their tiles."""
+
+  numbers: tuple[int, ...]
+  wrap: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unavailable:
+  """An array that no door leads to: a part that reads it in a kernel fails to trace."""
+
+  shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Handed:
+  """A spec whose arrays are operands.
+
+  Attributes:
+    operands: what to hand to the kernel.
+    build: tiles of the operands to the spec and the tables of its transforms.
+  """
+
+  operands: tuple[Operand, ...]
+  build: Callable[[Sequence[jax.Array], Callable], tuple[AttentionSpec, tuple]]
+
+
+def hand_over(spec: AttentionSpec, q: jax.Array, q_tokens: Tokens, k_tokens: Tokens) -> Handed:
+  """The spec for queries (B, T, N, H) and these tokens, with what it reads of arrays as operands.
+
+  Arrays of places become tiles of pairs, tables of transforms and masks rows, keys of dropout and
+  whatever is one number scalars. Everything else is `Unavailable`: parameters that only `finish`
+  reads, or those that a table was made of.
+  """
+  operands: list[Operand] = []
+
+  def add(array: jax.Array, wrap: Callable, pairs: bool = False) -> Slot:
+    operands.append(Operand(array, pairs))
+    return Slot((len(operands) - 1,), wrap)
+
+  def by_place(array: jax.Array) -> Slot:
+    array = jnp.asarray(array)
+    if not (_in_order(q_tokens) and _in_order(k_tokens)):
+      array = pick(array, q_tokens.rows(*q.shape[:3:2]), k_tokens.columns())
+    truth = array.dtype == bool
+    wrap = lambda tile: Tile(tile.astype(jnp.int32) > 0 if truth else tile)
+    return add(array.astype(jnp.int8) if truth else array, wrap, pairs=True)
+
+  def leaf(x: Any) -> Any:
+    if np.size(x) != 1 or isinstance(x, Slot | Unavailable):
+      return Unavailable(np.shape(x))
+    return add(jnp.reshape(x, (1, 1, 1, 1)), lambda tile: tile)
+
+  def part(x: Any) -> Any:
+    if isinstance(x, Table):
+      return add(x.rows, None, pairs=False)
+    if isinstance(x, Dropout):
+      words = [jnp.reshape(w, (1, 1, 1, 1)).astype(jnp.int32) for w in random.words(x.key)]
+      slots = [add(w, None).numbers[0] for w in words]
+      unsigned = lambda *tiles: tuple(tile.astype(jnp.uint32) for tile in tiles)
+      return dataclasses.replace(x, key=Slot(tuple(slots), unsigned))
+    if hasattr(x, "by_place"):
+      if x.by_place is None:  # numbers of a larger call around arrays of that call
+        return jax.tree.map(lambda y: part(y) if isinstance(y, Dropout) else leaf(y), x,
+                            is_leaf=lambda y: isinstance(y, Dropout))  # fmt: skip
+      return jax.tree.structure(x).unflatten([by_place(x.by_place[1])])
+    return leaf(x)
+
+  doors = lambda x: isinstance(x, Table | Dropout) or hasattr(x, "by_place")
+  laid = lambda x: isinstance(x, Mask) and type(x).beside is not Mask.beside
+  beside = jax.tree.map(lambda m: m.beside(q_tokens) if laid(m) else m, spec.mask, is_leaf=laid)
+  bare = jax.tree.map(part, dataclasses.replace(spec, mask=beside), is_leaf=doors)
+  tables = [None if t is None else part(t) for t in spec.tables(_wide(q))]
+
+  def build(tiles: Sequence[jax.Array], table: Callable) -> tuple[AttentionSpec, tuple]:
+    def fill(slot):
+      if not isinstance(slot, Slot):
+        return slot
+      given = [tiles[n] for n in slot.numbers]
+      if slot.wrap is None:
+        return table(given[0], operands[slot.numbers[0]].array.shape[-1])
+      return slot.wrap(*given)
+
+    whole = lambda x: x is None or isinstance(x, Slot | Unavailable)
+    return (jax.tree.map(fill, bare, is_leaf=whole),
+            tuple(jax.tree.map(fill, t, is_leaf=whole) for t in tables))  # fmt: skip
+
+  return Handed(tuple(operands), build)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _in_order(tokens: Tokens) -> bool:
+  """Whether tokens lie at places 0, 1, 2, .., as far as is known before anything runs."""
+  index = tokens.index
+  return isinstance(index, np.ndarray) and np.array_equal(index[0], np.arange(index.shape[1]))
+
+
+def padded(operand: Operand, T: int, S: int) -> jax.Array:
+  """The array for T queries and S keys; rows to whole registers of 128 lanes."""
+  x = operand.array
+  rows = 0 if x.shape[2] == 1 else T - x.shape[2]
+  lanes = (S if operand.pairs else -(-x.shape[3] // 128) * 128) - x.shape[3]
+  lanes = 0 if x.shape[3] == 1 else lanes
+  return jnp.pad(x, ((0, 0), (0, 0), (0, rows), (0, lanes)))
+
+
+def sides(tokens: Tokens, length: int) -> jax.Array:
+  """(#B, 3, length) int32: index, position and segment, padded with tokens that do not exist."""
+  tokens = plans.pad(tokens, length)
+  fields = (tokens.index, tokens.position, tokens.segment)
+  batch = max(x.shape[0] for x in fields)
+  return jnp.stack(
+    [jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, length)) for x in fields], axis=1
+  )

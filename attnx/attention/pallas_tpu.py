@@ -1,0 +1,251 @@
+"""Attention in fused TPU kernels, for every spec whose parts work tile by tile."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.extend.core import jaxprs_in_params
+import jax.numpy as jnp
+import numpy as np
+
+from attnx.attention import plan as plans
+from attnx.attention.handed import Handed, hand_over, padded, sides
+from attnx.attention.normalisers import Softmax
+from attnx.attention.partial import Partial
+from attnx.attention.spec import AttentionSpec
+from attnx.core.lookup import Table
+from attnx.core.tokens import Tokens
+from pallas_kernels.blocks import Blocks, choose
+from pallas_kernels.tpu import lookup, streaming
+from pallas_kernels.tpu.algebra import FLOOR, Algebra, Facts, Side
+
+LIST = 2**17  # tiles of a plan that scalar memory holds
+
+
+def partial(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  spec: AttentionSpec,
+  q_tokens: Tokens,
+  k_tokens: Tokens,
+  *,
+  blocks: Blocks | None = None,
+  interpret: Any = False,
+) -> Partial:
+  """`reference.partial` without the scores ever leaving fast memory, and its gradient.
+
+  Products of bfloat16 inputs are added up in float32, weights are rounded to bfloat16 before they
+  read values, and softmax takes its exponentials to base 2. Float32 inputs are multiplied in full
+  precision. Reverse-mode derivatives of first order.
+
+  Args:
+    q, k, v, spec, q_tokens, k_tokens: as for `attend`; shapes have been checked.
+    blocks: how the work is cut; by `pallas_kernels.blocks` if None.
+    interpret: emulate on CPU, for tests: True, or `pltpu.InterpretParams`.
+  """
+  (_, T, _, H), (S, V) = q.shape, (v.shape[1], v.shape[3])
+  blocks = choose("forward", T, S, H, V, q.dtype) if blocks is None else blocks
+  rows, columns = (-(-n // size) * size for n, size in ((T, blocks.q), (S, blocks.k)))
+  kinds = plans.rows(
+    spec.mask, plans.pad(q_tokens, rows), plans.pad(k_tokens, columns), blocks.q, blocks.k
+  ).kinds()
+  handed = hand_over(spec, q, q_tokens, k_tokens)
+  run = _Run(spec, handed, blocks, interpret, H, q.dtype, kinds)
+  heads = lambda x, length: jnp.swapaxes(
+    jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))), 1, 2
+  )
+  traced = None if isinstance(kinds, np.ndarray) else kinds
+  p = run.fold(
+    heads(q, rows), heads(k, columns), heads(v, columns),
+    [padded(operand, rows, columns) for operand in handed.operands],
+    (sides(q_tokens, rows), sides(k_tokens, columns)), traced,
+  )  # fmt: skip
+  return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2)[:, :T], p)
+
+
+class _Run:
+  """The forward and the backward kernels of one call, as a function with a gradient."""
+
+  def __init__(self, spec, handed: Handed, blocks: Blocks, interpret, H: int, dtype, kinds):
+    self.algebra = algebra(spec, handed, H, dtype)
+    self.base_2 = self.algebra.exp is jnp.exp2
+    self.kinds = kinds if isinstance(kinds, np.ndarray) else None
+    layout = tuple(streaming.Operand(operand.pairs) for operand in handed.operands)
+    self.how = dict(algebra=self.algebra, layout=layout, blocks=blocks, interpret=interpret)
+    self.fold = jax.custom_vjp(self._partial)
+    self.fold.defvjp(self._forward, self._backward)
+
+  def _partial(self, *args) -> Partial:
+    return self._forward(*args)[0]
+
+  def _forward(self, q, k, v, operands, sides, kinds):
+    kinds = self.kinds if kinds is None else kinds
+    out, stats = streaming.forward(q, k, v, *sides, operands, kinds, **self.how)
+    peak = stats[:, :, streaming.PEAK]
+    unit = math.log(2) if self.base_2 else 1.0
+    p = Partial(out, stats[:, :, streaming.MASS], peak * unit, stats[:, :, streaming.COUNT])
+    return p, (q, k, v, operands, sides, kinds, peak)
+
+  def _backward(self, residuals, grad: Partial):
+    q, k, v, operands, sides, kinds, peak = residuals
+    kinds = self.kinds if self.kinds is not None else kinds
+    told = jnp.stack([jnp.maximum(peak, FLOOR), grad.mass], axis=2)
+    told = jnp.pad(told, ((0, 0), (0, 0), (0, streaming.SUBLANES - told.shape[2]), (0, 0)))
+    args = (q, k, v, *sides, operands, kinds, told, grad.out.astype(q.dtype))
+    dq, by_row = streaming.gradient_of_queries(*args, **self.how)
+    dk, dv = streaming.gradient_of_keys(*args, **self.how)
+    by_row = iter(by_row)
+    moved: list[Any] = []
+    for n, (x, layout) in enumerate(zip(operands, self.how["layout"], strict=True)):
+      if not jnp.issubdtype(x.dtype, jnp.floating):
+        moved.append(None)
+      elif layout.pairs:
+        moved.append(streaming.gradient_of_pairs(*args, number=n, **self.how).astype(x.dtype))
+      else:
+        moved.append(_summed(next(by_row), x))
+    grads = (g.astype(x.dtype) for g, x in ((dq, q), (dk, k), (dv, v)))
+    return (*grads, moved, None, None)
+
+
+def _summed(grad: jax.Array, like: jax.Array) -> jax.Array:
+  """A gradient summed over the axes along which an operand is one."""
+  axes = [axis for axis, n in enumerate(like.shape) if n == 1 and grad.shape[axis] != 1]
+  return grad.sum(axes, keepdims=True).astype(like.dtype)
+
+
+class _Table(Table):
+  """A `Table` in a kernel, its rows filled up to whole registers."""
+
+  def __init__(self, rows: jax.Array, size: int):
+    object.__setattr__(self, "rows", rows)
+    object.__setattr__(self, "filled", size)
+
+  @property
+  def size(self) -> int:
+    return self.filled
+
+  def at(self, index: jax.Array) -> jax.Array:
+    lines = max(self.rows.shape[0], index.shape[0])
+    return lookup.lookup(self.rows, jnp.broadcast_to(index, (lines, index.shape[1])))
+
+
+def algebra(spec: AttentionSpec, handed: Handed, H: int, dtype: Any) -> Algebra:
+  """What the kernels are handed: the spec, read at tiles.
+
+  Softmax of inputs below float32 is taken to base 2, which folds into the scale of the products
+  where nothing stands between.
+  """
+  one = all(operand.array.shape[2:] == (1, 1) for operand in handed.operands)
+  normaliser, factor = spec.normaliser, spec.factor(H)
+  soft = type(normaliser).weigh is Softmax.weigh and type(normaliser).height is Softmax.height
+  base_2 = soft and jnp.dtype(dtype).itemsize < 4
+
+  def read(facts: Facts):
+    here, tables = handed.build(facts.operands, _Table)
+    one_pair = lambda x: jnp.full((1, 1), x, jnp.int32)
+    q = Tokens(*facts.q, batch=one_pair(facts.batch), head=one_pair(facts.head))
+    return here, tables, q, Tokens(*facts.k)
+
+  def score(products, facts: Facts):
+    here, tables, q, k = read(facts)
+    if base_2 and not spec.transforms:
+      return products * (factor * math.log2(math.e))
+    scores = here.score(products * factor, q, k, tables)
+    return scores * math.log2(math.e) if base_2 else scores
+
+  def visible(facts: Facts):
+    here, _, q, k = read(facts)
+    return here.visible(q, k)
+
+  def edit(weights, facts: Facts):
+    here, _, q, k = read(facts)
+    return here.edit(weights, q, k)
+
+  def exponentials(scores, visible, peak):
+    below = scores - peak
+    return jnp.exp2(below if visible is True else jnp.where(visible, below, -jnp.inf))
+
+  has_peak = normaliser.height(jnp.zeros((1, 1))) is not None
+  return Algebra(
+    score, visible, exponentials if base_2 else normaliser.weigh, edit,
+    height=normaliser.height if has_peak else None,
+    exp=jnp.exp2 if base_2 else jnp.exp,
+    signed=not soft, turns=one,
+  )  # fmt: skip
+
+
+def refusal(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> str | None:
+  """Why a call cannot run in the kernels here; None if it can."""
+  if jax.default_backend() != "tpu":
+    return f"runs on TPU, not on {jax.default_backend()}"
+  return unfit(q, k, v, spec)
+
+
+def unfit(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> str | None:
+  """Why a call fits no kernel on any TPU; None if it does. Nothing is computed."""
+  dtypes = {jnp.dtype(x.dtype).name for x in (q, k, v)}
+  if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:
+    return f"wants q, k and v alike, bfloat16 or float32, got {', '.join(sorted(dtypes))}"
+  if spec.readouts:
+    names = ", ".join(type(readout).__name__ for readout in spec.readouts)
+    return f"reads values alone, and {names} besides"
+  tiles = -(-q.shape[1] // 512) * -(-k.shape[1] // 1024) * q.shape[0]
+  if tiles > LIST:
+    return f"lists up to {LIST} tiles of 512 x 1024, got {tiles}: split the keys or the batch"
+  try:
+    jaxpr = jax.make_jaxpr(functools.partial(_tile, spec, q.shape, k.shape, q.dtype))()
+  except (TypeError, NotImplementedError, IndexError) as error:
+    return f"cannot read the spec in tiles: {str(error).splitlines()[0]}"
+  if jaxpr.consts and any(np.size(x) > 1 for x in jaxpr.consts):
+    return "cannot read arrays that a function of the spec closes over: make them fields of a part"
+  if found := sorted(_primitives(jaxpr.jaxpr) & FORBIDDEN):
+    return f"cannot {', '.join(found)} inside of a tile; use `Table.at` or an array of places"
+  return None
+
+
+FORBIDDEN = {
+  "gather", "scatter", "scatter-add", "sort", "cumsum", "cumprod", "cumlogsumexp", "top_k",
+  "dynamic_slice", "dynamic_update_slice", "argmax", "argmin", "dot_general", "fft", "while",
+}  # fmt: skip
+
+
+def _tile(spec: AttentionSpec, q_shape, k_shape, dtype):
+  """What a kernel traces, of one tile of 128 x 128, with operands of any value."""
+  (B, T, N, H), S, size = q_shape, k_shape[1], 128
+  found: list[Any] = []
+
+  def hand(q):
+    handed = hand_over(spec, q, Tokens.of_length(T), Tokens.of_length(S))
+    found.append(handed)
+    return [operand.array for operand in handed.operands]
+
+  shapes = jax.eval_shape(hand, jax.ShapeDtypeStruct((B, T, N, H), dtype))
+  handed: Handed = found[0]
+  side = lambda *shape: Side(*[jnp.zeros(shape, jnp.int32)] * 3)
+  tiles = []
+  for x, operand in zip(shapes, handed.operands, strict=True):
+    lanes = size if operand.pairs else -(-x.shape[3] // 128) * 128
+    cut = (1 if x.shape[2] == 1 else size, 1 if x.shape[3] == 1 else lanes)
+    tiles.append(jnp.zeros(cut, x.dtype))
+  facts = Facts(side(size, 1), side(1, size), 0, 0, tuple(tiles))
+  how = algebra(spec, handed, H, dtype)
+  scores = how.score(jnp.zeros((size, size), jnp.float32), facts)
+  visible = jnp.broadcast_to(how.visible(facts), scores.shape)
+  weights = how.weigh(scores, visible, jnp.zeros_like(scores))
+  assert weights.shape == scores.shape == (size, size)
+  return how.edit(weights, facts)
+
+
+def _primitives(jaxpr) -> set[str]:
+  """Names of what a program does, but for what is a function of the kernels' own."""
+  names: set[str] = set()
+  for eqn in jaxpr.eqns:
+    names.add(eqn.primitive.name)
+    if eqn.primitive.name != "custom_vjp_call":
+      for inner in jaxprs_in_params(eqn.params):
+        names |= _primitives(inner)
+  return names

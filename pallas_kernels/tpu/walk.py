@@ -1,0 +1,266 @@
+"""How kernels walk over tiles: lists of visits, blocks of arrays, pieces of tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.tpu.algebra import LANES, Facts, Side
+
+EMPTY, PARTIAL, FULL = range(3)  # kinds of a tile, the two lowest bits of a visit
+FIRST, LAST = 4, 8  # bits: the visit begins or ends the sums of a block
+SUBLANES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+  """How a kernel cuts its work.
+
+  Attributes:
+    q, k: queries and keys of a tile, which move from HBM at once; multiples of 128.
+    rows, columns: of a piece of a tile, which is computed at once; they divide q and k.
+    ahead: pieces whose products are started before they are needed.
+  """
+
+  q: int = 512
+  k: int = 1024
+  rows: int = 256
+  columns: int = 512
+  ahead: int = 1
+
+  def __post_init__(self):
+    sizes = (self.q, self.k, self.rows, self.columns)
+    if min(sizes) < LANES or any(size % LANES for size in sizes):
+      raise ValueError(f"{self} must have sizes that are multiples of {LANES}")
+    if self.q % self.rows or self.k % self.columns or self.ahead < 0:
+      raise ValueError(f"{self}: rows must divide q and columns k, and ahead not be negative")
+
+  def pieces(self) -> list[tuple[int, int]]:
+    """(first row, first column) of every piece of a tile."""
+    return [(r, c) for r in range(0, self.q, self.rows) for c in range(0, self.k, self.columns)]
+
+
+class Visits(NamedTuple):
+  """The tiles of a plan in the order in which a kernel visits them, int32 (n,) each.
+
+  Attributes:
+    batch: what to add to the first grid index; zero where one list serves all rows of the batch.
+    line: the block whose sums are made.
+    at: the block that is added to them.
+    flags: kind of the tile, with FIRST and LAST.
+    count: how many there are, at most n; known only at run time where the plan is.
+    shared: whether one list serves all rows of the batch.
+  """
+
+  batch: Any
+  line: Any
+  at: Any
+  flags: Any
+  count: Any
+  shared: bool
+
+
+def visits(kinds: Any, *, by_key: bool = False) -> Visits:
+  """The tiles that are not EMPTY, line by line; a line that has none is visited once, to be zero.
+
+  Args:
+    kinds: EMPTY, PARTIAL or FULL, (#B, nq, nk) int32: a NumPy array where it is known, else traced.
+    by_key: lines are blocks of keys and not of queries.
+  """
+  xp: Any = np if isinstance(kinds, np.ndarray) else jnp
+  kinds = xp.swapaxes(kinds, 1, 2) if by_key else kinds
+  B, lines, length = kinds.shape
+  nothing = ~(kinds > EMPTY).any(-1, keepdims=True)
+  wanted = ((kinds > EMPTY) | (nothing & (xp.arange(length) == 0))).reshape(-1)
+  count = wanted.sum()
+  order = xp.argsort(~wanted, stable=True)
+  if xp is np:
+    count = int(count)
+    order = order[:count]
+  line = order // length
+  changes = line[1:] != line[:-1]
+  edge = xp.ones((1,), bool)
+  first = xp.concatenate([edge, changes])
+  last = xp.concatenate([changes, edge]) | (xp.arange(order.size) == count - 1)
+  flags = kinds.reshape(-1)[order] + FIRST * first + LAST * last
+  lists = (line // lines, line % lines, order % length, flags)
+  return Visits(*(x.astype(np.int32) for x in lists), count, B == 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+  """An array beside queries, keys and values: (#B, #N, #T, X), float32 or int32.
+
+  Attributes:
+    pairs: whether the last axis runs along the keys, X = #S; otherwise a row is handed over whole.
+  """
+
+  pairs: bool = False
+
+
+class Call(NamedTuple):
+  """The sizes that all kernels of a call share."""
+
+  B: int
+  N: int
+  K: int
+  T: int
+  S: int
+  H: int
+  V: int
+
+  @classmethod
+  def of(cls, q, k, v, blocks: Blocks) -> Call:
+    (B, N, T, H), (_, K, S, V) = q.shape, v.shape
+    assert k.shape == (B, K, S, H) and N % K == 0, (q.shape, k.shape, v.shape)
+    assert T % blocks.q == 0 and S % blocks.k == 0, (T, S, blocks)
+    return cls(B, N, K, T, S, H, V)
+
+
+class Place(NamedTuple):
+  """Which block of each kind a grid step is at, from its indices and the list of visits."""
+
+  b: Any
+  n: Any
+  i: Any
+  j: Any
+
+
+def block_of(shape: tuple[int, ...], at: Callable[[Place], tuple], where: Callable) -> pl.BlockSpec:
+  """A block of an array (B, N, L, X) or (B, C, L), its leading axes squeezed."""
+  return pl.BlockSpec(shape, lambda *grid: at(where(*grid)))
+
+
+def inputs_of(call: Call, blocks: Blocks, where: Callable, operands, kinds_of: Sequence[Operand]):
+  """Block specs of both sides, the operands, queries, keys and values, in this order."""
+  bq, bk, group = blocks.q, blocks.k, call.N // call.K
+  row = lambda width: block_of((None, None, bq, width), lambda p: (p.b, p.n, p.i, 0), where)
+  column = lambda width: block_of(
+    (None, None, bk, width), lambda p: (p.b, lax.div(p.n, group), p.j, 0), where
+  )
+
+  def operand(x, kind: Operand):
+    sizes = (bq, bk) if kind.pairs else (bq, x.shape[3])
+    block = tuple(1 if n == 1 else size for n, size in zip(x.shape[2:], sizes))
+
+    def at(p: Place):
+      index = (p.b, p.n, p.i, p.j if kind.pairs else 0)
+      return tuple(0 if n == 1 else i for n, i in zip(x.shape, index))
+
+    return block_of((None, None, *block), at, where)
+
+  return [operand(x, kind) for x, kind in zip(operands, kinds_of, strict=True)], row, column
+
+
+def sides_of(q_side, k_side, blocks: Blocks, where: Callable) -> list[pl.BlockSpec]:
+  many = lambda x, b: 0 if x.shape[0] == 1 else b
+  return [
+    block_of((None, SUBLANES, blocks.q), lambda p: (many(q_side, p.b), 0, p.i), where),
+    block_of((None, SUBLANES, blocks.k), lambda p: (many(k_side, p.b), 0, p.j), where),
+  ]
+
+
+def eight(side: jax.Array) -> jax.Array:
+  """(#B, 3, L) as (#B, 8, L): whole registers turn."""
+  assert side.ndim == 3 and side.shape[1] == len(Side._fields), side.shape
+  return jnp.pad(side, ((0, 0), (0, SUBLANES - side.shape[1]), (0, 0)))
+
+
+def facts_of(refs, blocks: Blocks, b, n, *, turned: bool = False) -> Callable[[int, int], Facts]:
+  """(first row, first column) of a piece to its facts."""
+  q_ref, k_ref, *operand_refs = refs
+  lying = lambda x, at, size: Side(*(x[c : c + 1, at : at + size] for c in range(3)))
+  standing = lambda x, at, size: Side(*(x[at : at + size, c : c + 1] for c in range(3)))
+  q_side, k_side = q_ref[...], k_ref[...]
+  q_side, k_side = (q_side, k_side.T) if turned else (q_side.T, k_side)
+
+  def piece(ref, r: int, c: int):
+    whole = (pl.ds(r, blocks.rows), pl.ds(c, blocks.columns))
+    sizes = (blocks.q, blocks.k)
+    return ref[tuple(at if n == size else slice(None)
+                     for at, n, size in zip(whole, ref.shape, sizes, strict=True))]  # fmt: skip
+
+  def at(r: int, c: int) -> Facts:
+    lay_q, lay_k = (lying, standing) if turned else (standing, lying)
+    q, k = lay_q(q_side, r, blocks.rows), lay_k(k_side, c, blocks.columns)
+    return Facts(q, k, b, n, tuple(piece(ref, r, c) for ref in operand_refs), turned)
+
+  return at
+
+
+def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+  """Sum over axis axes[0] of a and axes[1] of b, in float32."""
+  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+  return lax.dot_general(
+    a, b, (((axes[0],), (axes[1],)), ((), ())),
+    precision=precision, preferred_element_type=jnp.float32,
+  )  # fmt: skip
+
+
+def ahead(pieces: list, start: Callable, count: int) -> Iterator[tuple]:
+  """Each piece with what `start` gave for it, started `count` pieces before."""
+  queue = [start(*piece) for piece in pieces[:count]]
+  for n, piece in enumerate(pieces):
+    if n + count < len(pieces):
+      queue.append(start(*pieces[n + count]))
+    yield piece, queue.pop(0)
+
+
+def wide(statistic: jax.Array, width: int) -> jax.Array:
+  """A number of each row, (rows, 128) alike in all lanes, to (rows, width)."""
+  return jnp.tile(statistic, (1, -(-width // LANES)))[:, :width]
+
+
+def lanes(x: jax.Array) -> jax.Array:
+  """(rows, columns) summed to (rows, 128): the lanes are summed once, at the end of a row."""
+  return sum(x[:, c : c + LANES] for c in range(0, x.shape[1], LANES))
+
+
+def by_kind(flags, body: Callable[[bool], None], whole: bool, some: bool) -> None:
+  """Runs the body with masks on PARTIAL tiles and without on FULL ones; nothing on EMPTY ones.
+
+  `whole` and `some` tell which of the two can occur, so that no code is made for the other.
+  """
+  kind = flags & 3
+  if whole:
+    pl.when(kind == FULL)(lambda: body(False))
+  if some:
+    pl.when(kind == PARTIAL)(lambda: body(True))
+
+
+def occurring(kinds) -> tuple[bool, bool]:
+  """Whether a plan may hold FULL and PARTIAL tiles."""
+  if not isinstance(kinds, np.ndarray):
+    return True, True
+  return bool((kinds == FULL).any()), bool((kinds == PARTIAL).any())
+
+
+def run(
+  kernel, plan, grid, in_specs, out_specs, shapes, scratch, inputs, interpret, name, aliases=None
+):  # fmt: skip
+  """The call of a kernel that follows a list of visits."""
+  vary = jax.typeof(inputs[-1]).manual_axis_type  # inside of `jax.shard_map`: as queries do
+  apart = 0 if aliases else 2  # grid axes whose steps share no sums
+  semantics = ["parallel"] * apart + ["arbitrary"] * (len(grid) - apart)
+  return pl.pallas_call(
+    kernel,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=4, grid=grid, in_specs=in_specs, out_specs=out_specs,
+      scratch_shapes=scratch,
+    ),
+    out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=vary) for shape in shapes],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=tuple(semantics)
+    ),
+    input_output_aliases=aliases or {},
+    interpret=interpret,
+    name=name,
+  )(*(jnp.asarray(x) for x in plan[:4]), *inputs)  # fmt: skip
