@@ -20,7 +20,7 @@ from attnx.core.lookup import Table
 from attnx.core.tokens import Tokens
 from pallas_kernels.blocks import Blocks, choose
 from pallas_kernels.tpu import lookup, streaming
-from pallas_kernels.tpu.algebra import FLOOR, Algebra, Facts, Side
+from pallas_kernels.tpu.algebra import FLOOR, Algebra, Facts, Side, softmax
 
 LIST = 2**17  # tiles of a plan that scalar memory holds
 
@@ -54,7 +54,8 @@ def partial(
     spec.mask, plans.pad(q_tokens, rows), plans.pad(k_tokens, columns), blocks.q, blocks.k
   ).kinds()
   handed = hand_over(spec, q, q_tokens, k_tokens)
-  run = _Run(spec, handed, blocks, interpret, H, q.dtype, kinds)
+  exist = rows == T and columns == S and all(map(_exist, (q_tokens, k_tokens)))
+  run = _Run(algebra(spec, handed, H, q.dtype, exist), handed, blocks, interpret, kinds)
   heads = lambda x, length: jnp.swapaxes(
     jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))), 1, 2
   )
@@ -70,12 +71,11 @@ def partial(
 class _Run:
   """The forward and the backward kernels of one call, as a function with a gradient."""
 
-  def __init__(self, spec, handed: Handed, blocks: Blocks, interpret, H: int, dtype, kinds):
-    self.algebra = algebra(spec, handed, H, dtype)
-    self.base_2 = self.algebra.exp is jnp.exp2
+  def __init__(self, algebra: Algebra, handed: Handed, blocks: Blocks, interpret, kinds):
+    self.base_2 = algebra.exp is jnp.exp2
     self.kinds = kinds if isinstance(kinds, np.ndarray) else None
     layout = tuple(streaming.Operand(operand.pairs) for operand in handed.operands)
-    self.how = dict(algebra=self.algebra, layout=layout, blocks=blocks, interpret=interpret)
+    self.how = dict(algebra=algebra, layout=layout, blocks=blocks, interpret=interpret)
     self.fold = jax.custom_vjp(self._partial)
     self.fold.defvjp(self._forward, self._backward)
 
@@ -133,16 +133,21 @@ class _Table(Table):
     return lookup.lookup(self.rows, jnp.broadcast_to(index, (lines, index.shape[1])))
 
 
-def algebra(spec: AttentionSpec, handed: Handed, H: int, dtype: Any) -> Algebra:
-  """What the kernels are handed: the spec, read at tiles.
+def _exist(tokens: Tokens) -> bool:
+  """Whether every token is known to exist before anything runs."""
+  return isinstance(tokens.position, np.ndarray) and bool((tokens.position >= 0).all())
 
-  Softmax of inputs below float32 is taken to base 2, which folds into the scale of the products
-  where nothing stands between.
+
+def algebra(
+  spec: AttentionSpec, handed: Handed, H: int, dtype: Any, exist: bool = False
+) -> Algebra:
+  """What the kernels are handed: the spec, read at tiles. Base 2 is for inputs below float32.
+
+  Where all tokens `exist`, what is visible is what the mask says.
   """
   one = all(operand.array.shape[2:] == (1, 1) for operand in handed.operands)
   normaliser, factor = spec.normaliser, spec.factor(H)
   soft = type(normaliser).weigh is Softmax.weigh and type(normaliser).height is Softmax.height
-  base_2 = soft and jnp.dtype(dtype).itemsize < 4
 
   def read(facts: Facts):
     here, tables = handed.build(facts.operands, _Table)
@@ -150,31 +155,25 @@ def algebra(spec: AttentionSpec, handed: Handed, H: int, dtype: Any) -> Algebra:
     q = Tokens(*facts.q, batch=one_pair(facts.batch), head=one_pair(facts.head))
     return here, tables, q, Tokens(*facts.k)
 
-  def score(products, facts: Facts):
+  def score(scaled, facts: Facts):
     here, tables, q, k = read(facts)
-    if base_2 and not spec.transforms:
-      return products * (factor * math.log2(math.e))
-    scores = here.score(products * factor, q, k, tables)
-    return scores * math.log2(math.e) if base_2 else scores
+    return here.score(scaled, q, k, tables)
 
   def visible(facts: Facts):
     here, _, q, k = read(facts)
-    return here.visible(q, k)
+    return here.mask(q, k) if exist else here.visible(q, k)
 
   def edit(weights, facts: Facts):
     here, _, q, k = read(facts)
     return here.edit(weights, q, k)
 
-  def exponentials(scores, visible, peak):
-    below = scores - peak
-    return jnp.exp2(below if visible is True else jnp.where(visible, below, -jnp.inf))
-
+  if soft and jnp.dtype(dtype).itemsize < 4:
+    between = score if spec.transforms else None
+    return softmax(factor, score=between, visible=visible, edit=edit, turns=one)
   has_peak = normaliser.height(jnp.zeros((1, 1))) is not None
   return Algebra(
-    score, visible, exponentials if base_2 else normaliser.weigh, edit,
-    height=normaliser.height if has_peak else None,
-    exp=jnp.exp2 if base_2 else jnp.exp,
-    signed=not soft, turns=one,
+    lambda products, facts: score(products * factor, facts), visible, normaliser.weigh, edit,
+    height=normaliser.height if has_peak else None, signed=not soft, turns=one,
   )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ class SoftCap(Transform):
   cap: float = struct.static(50.0)
 
   def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
-    return self.cap * jnp.tanh(scores / self.cap)
+    return self.cap * jnp.tanh(scores * (1 / self.cap))
 
 
 @struct.dataclass

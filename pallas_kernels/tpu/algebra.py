@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +60,8 @@ class Algebra:
     exp: the exponential in whose unit peaks are, `jnp.exp` or `jnp.exp2`: a partial that is
       measured from peak a is exp(a - b) times as large measured from b.
     signed: whether weights may be negative.
+    drops: whether a score of -inf has weight zero, so that masking scores is enough; `weigh` is
+      then told True for `visible`.
     turns: whether all of this may be asked about (K, Q) tiles; False where it looks along an axis.
   """
 
@@ -69,7 +72,18 @@ class Algebra:
   height: Callable[[jax.Array], jax.Array] | None = None
   exp: Callable[[jax.Array], jax.Array] = jnp.exp
   signed: bool = True
+  drops: bool = False
   turns: bool = True
+
+  def masked(self, products: jax.Array, facts: Facts, mask: bool) -> tuple[jax.Array, Any, Any]:
+    """Scores, what is visible, and what `weigh` has to be told of it; without `mask` that is all."""
+    scores = self.score(products, facts)
+    if not mask:
+      return scores, True, True
+    visible = jnp.broadcast_to(self.visible(facts), scores.shape)
+    if not self.drops:
+      return scores, visible, visible
+    return jnp.where(visible, scores, -jnp.inf), visible, True
 
   def peak(self, scores: jax.Array, visible: Any, axis: int) -> jax.Array:
     """The height of the highest visible pair along the keys, -inf where there is none."""
@@ -77,3 +91,38 @@ class Algebra:
     height = self.height(scores)
     height = height if visible is True else jnp.where(visible, height, -jnp.inf)
     return jnp.max(height, axis=axis, keepdims=True)
+
+
+def softmax(
+  scale: float,
+  *,
+  score: Callable[[jax.Array, Facts], jax.Array] | None = None,
+  visible: Callable[[Facts], Any] = lambda facts: True,
+  edit: Callable[[jax.Array, Facts], jax.Array] = lambda weights, facts: weights,
+  turns: bool = True,
+) -> Algebra:
+  """exp(s) = 2^(s log2 e), with s = score(scale * product), as the exponential unit takes it.
+
+  Where no `score` stands between, scale and log2 e are one factor. The unit of peaks is that of
+  base 2, so that peaks in nats are off by their rounding: meant for inputs below float32.
+
+  Args:
+    scale: factor on the products.
+    score: edits of the scaled products; None for none.
+    visible, edit, turns: as in `Algebra`.
+  """
+  unit = math.log2(math.e)
+
+  def scores_of(products: jax.Array, facts: Facts) -> jax.Array:
+    if score is None:
+      return products * (scale * unit)
+    return score(products * scale, facts) * unit
+
+  def weigh(scores: jax.Array, seen: Any, peak: jax.Array) -> jax.Array:
+    assert seen is True
+    return jnp.exp2(scores - peak)
+
+  return Algebra(
+    scores_of, visible, weigh, edit,
+    height=lambda scores: scores, exp=jnp.exp2, signed=False, drops=True, turns=turns,
+  )  # fmt: skip

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from pallas_kernels.tpu.algebra import FLOOR, LANES, Algebra, Facts
 from pallas_kernels.tpu.walk import (
   EMPTY, FIRST, LAST, SUBLANES, Blocks, Call, Operand, Place, ahead, block_of, by_kind, dot, eight,
-  facts_of, inputs_of, lanes, occurring, run, sides_of, visits, wide,
+  facts_of, inputs_of, lanes, occurring, run, sides_of, stand, upright, visits, wide,
 )  # fmt: skip
 
 MASS, PEAK, COUNT = range(3)  # rows of the statistics that `forward` returns
@@ -66,7 +66,8 @@ def forward(
   whole, some = occurring(kinds)
 
   def kernel(batch, line, at, flags, *refs):
-    *facts_refs, q_ref, k_ref, v_ref, out_ref, stats_ref, acc, mass, peak, count, full = refs
+    *facts_refs, q_ref, k_ref, v_ref, out_ref, stats_ref = refs[:-6]
+    acc, mass, peak, count, standing, full = refs[-6:]
     t = pl.program_id(2)
     b, n = pl.program_id(0) + batch[t], pl.program_id(1)
 
@@ -76,11 +77,12 @@ def forward(
         ref[...] = jnp.zeros(ref.shape, jnp.float32)
       peak[...] = jnp.full(peak.shape, -jnp.inf if peaks else 0.0, jnp.float32)
       full[0] = 0
+      stand(facts_refs[0], standing)
 
     def visit(masked: bool):
       if not masked:
         full[0] += blocks.k
-      facts = facts_of(facts_refs, blocks, b, n)
+      facts = facts_of(facts_refs, standing, blocks, b, n)
       body(facts, masked, q_ref, k_ref, v_ref, acc, mass, peak, count)
 
     by_kind(flags[t], visit, whole, some)
@@ -102,7 +104,8 @@ def forward(
     [row(call.V),
      block_of((None, None, SUBLANES, blocks.q), lambda p: (p.b, p.n, 0, p.i), where)],
     [(call.B, call.N, call.T, call.V), (call.B, call.N, SUBLANES, call.T)],
-    [pltpu.VMEM((blocks.q, call.V), jnp.float32), *[statistic] * 3, pltpu.SMEM((1,), jnp.int32)],
+    [pltpu.VMEM((blocks.q, call.V), jnp.float32), *[statistic] * 3,
+     upright(blocks.q), pltpu.SMEM((1,), jnp.int32)],
     (eight(q_side), eight(k_side), *operands, q, k, v),
     interpret, "attnx_forward",
   )  # fmt: skip
@@ -114,16 +117,15 @@ def _forward_tile(facts, masked, q_ref, k_ref, v_ref, acc, mass, peak, count, *,
   products = lambda r, c: dot(q_ref[pl.ds(r, R)], k_ref[pl.ds(c, C)], (1, 1))
   for (r, c), product in ahead(blocks.pieces(), products, blocks.ahead):
     rows, of = pl.ds(r, R), facts(r, c)
-    scores = algebra.score(product, of)
-    visible = jnp.broadcast_to(algebra.visible(of), scores.shape) if masked else True
+    scores, visible, told = algebra.masked(product, of, masked)
     origin, factor = jnp.zeros((R, LANES), jnp.float32), None
     if algebra.height is not None:
       before = peak[rows]
-      after = jnp.maximum(before, algebra.peak(scores, visible, axis=1))
+      after = jnp.maximum(before, algebra.peak(scores, told, axis=1))
       peak[rows] = after
       origin = jnp.maximum(after, FLOOR)  # finite where nothing was seen
       factor = algebra.exp(before - origin)
-    weights = algebra.weigh(scores, visible, wide(origin, C))
+    weights = algebra.weigh(scores, told, wide(origin, C))
     sizes = jnp.abs(weights) if algebra.signed else weights
     edited = algebra.edit(weights, of).astype(v_ref.dtype)
     read = dot(edited, v_ref[pl.ds(c, C)], (1, 0))
@@ -155,9 +157,8 @@ def _pulled(
     rest = iter(moved)
     operands = tuple(next(rest) if m else x for x, m in zip(facts.operands, moving))
     of = facts._replace(operands=operands)
-    scores = algebra.score(products, of)
-    visible = jnp.broadcast_to(algebra.visible(of), scores.shape) if masked else True
-    w = algebra.weigh(scores, visible, origin)
+    scores, _, told = algebra.masked(products, of, masked)
+    w = algebra.weigh(scores, told, origin)
     return jnp.abs(w) if algebra.signed else w, algebra.edit(w, of)
 
   def pull(products, cotangents):
@@ -200,7 +201,8 @@ def gradient_of_queries(
 
   def kernel(batch, line, at, flags, *refs):
     facts_refs, rest = refs[: 2 + len(operands)], refs[2 + len(operands) :]
-    q_ref, k_ref, v_ref, rows_ref, grad_ref, dq_ref, *table_refs, dq, origin, slope = rest
+    q_ref, k_ref, v_ref, rows_ref, grad_ref, dq_ref, *table_refs = rest[:-4]
+    dq, origin, slope, standing = rest[-4:]
     t = pl.program_id(2)
     b, n = pl.program_id(0) + batch[t], pl.program_id(1)
 
@@ -209,11 +211,12 @@ def gradient_of_queries(
       told = rows_ref[...].T
       for ref, which in ((origin, ORIGIN), (slope, SLOPE)):
         ref[...] = jnp.broadcast_to(told[:, which : which + 1], ref.shape)
+      stand(facts_refs[0], standing)
       for ref in (dq, *table_refs):
         ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
     def visit(masked: bool):
-      facts = facts_of(facts_refs, blocks, b, n)
+      facts = facts_of(facts_refs, standing, blocks, b, n)
       body(facts, masked, q_ref, k_ref, v_ref, grad_ref, origin, slope, dq, table_refs)
 
     by_kind(flags[t], visit, whole, some)
@@ -232,7 +235,7 @@ def gradient_of_queries(
     [row(call.H), *tables],
     [q.shape, *((call.B, call.N, lines, blocks.q if x.shape[2] > 1 else 1, x.shape[3])
                 for x in moving)],
-    [pltpu.VMEM((blocks.q, call.H), jnp.float32), told, told],
+    [pltpu.VMEM((blocks.q, call.H), jnp.float32), told, told, upright(blocks.q)],
     (eight(q_side), eight(k_side), *operands, q, k, v, rows, grad),
     interpret, "attnx_gradient_of_queries",
   )  # fmt: skip
@@ -282,7 +285,7 @@ def gradient_of_keys(
 
   def kernel(batch, line, at, flags, *refs):
     facts_refs, rest = refs[: 2 + len(operands)], refs[2 + len(operands) :]
-    q_ref, k_ref, v_ref, rows_ref, grad_ref, dk_ref, dv_ref, dk, dv = rest
+    q_ref, k_ref, v_ref, rows_ref, grad_ref, dk_ref, dv_ref, dk, dv, standing = rest
     t, g = pl.program_id(2), pl.program_id(3)
     b, n = pl.program_id(0) + batch[t], pl.program_id(1) * group + g
 
@@ -290,9 +293,13 @@ def gradient_of_keys(
     def _():
       for ref in (dk, dv):
         ref[...] = jnp.zeros(ref.shape, jnp.float32)
+      if algebra.turns:
+        stand(facts_refs[1], standing)
 
     def visit(masked: bool):
-      facts = facts_of(facts_refs, blocks, b, n, turned=algebra.turns)
+      if not algebra.turns:
+        stand(facts_refs[0], standing)
+      facts = facts_of(facts_refs, standing, blocks, b, n, turned=algebra.turns)
       body(facts, masked, q_ref, k_ref, v_ref, rows_ref, grad_ref, dk, dv)
 
     by_kind(flags[t], visit, whole, some)
@@ -309,7 +316,8 @@ def gradient_of_keys(
      block_of((None, None, SUBLANES, blocks.q), lambda p: (p.b, p.n, 0, p.i), where), row(call.V)],
     [column(call.H), column(call.V)],
     [k.shape, v.shape],
-    [pltpu.VMEM((blocks.k, call.H), jnp.float32), pltpu.VMEM((blocks.k, call.V), jnp.float32)],
+    [pltpu.VMEM((blocks.k, call.H), jnp.float32), pltpu.VMEM((blocks.k, call.V), jnp.float32),
+     upright(blocks.k if algebra.turns else blocks.q)],
     (eight(q_side), eight(k_side), *operands, q, k, v, rows, grad),
     interpret, "attnx_gradient_of_keys",
   )  # fmt: skip
@@ -368,7 +376,7 @@ def gradient_of_pairs(
 
   def kernel(batch, line, at, flags, *refs):
     facts_refs, rest = refs[: 2 + len(operands)], refs[2 + len(operands) :]
-    q_ref, k_ref, v_ref, rows_ref, grad_ref, _, out_ref = rest
+    q_ref, k_ref, v_ref, rows_ref, grad_ref, _, out_ref, standing = rest
     place = {axis: pl.program_id(n) for n, axis in enumerate(order)}
     t = place["t"]
     begins = functools.reduce(
@@ -385,7 +393,8 @@ def gradient_of_pairs(
 
     @pl.when((flags[t] & 3) > EMPTY)
     def _():
-      facts = facts_of(facts_refs, blocks, place["b"], place["n"])
+      stand(facts_refs[0], standing)
+      facts = facts_of(facts_refs, standing, blocks, place["b"], place["n"])
       for r, c in blocks.pieces():
         R, C = pl.ds(r, blocks.rows), pl.ds(c, blocks.columns)
         told = [
@@ -407,6 +416,6 @@ def gradient_of_pairs(
     [*sides_of(q_side, k_side, blocks, where), *operand_specs,
      row(call.H), column(call.H), column(call.V), stats, row(call.V),
      pl.BlockSpec(memory_space=pl.ANY)],
-    [out_spec], [of.shape], [], (*inputs, jnp.zeros(of.shape, jnp.float32)),
+    [out_spec], [of.shape], [upright(blocks.q)], (*inputs, jnp.zeros(of.shape, jnp.float32)),
     interpret, "attnx_gradient_of_pairs", aliases={4 + len(inputs): 0},
   )[0]  # fmt: skip

@@ -174,24 +174,47 @@ def eight(side: jax.Array) -> jax.Array:
   return jnp.pad(side, ((0, 0), (0, SUBLANES - side.shape[1]), (0, 0)))
 
 
-def facts_of(refs, blocks: Blocks, b, n, *, turned: bool = False) -> Callable[[int, int], Facts]:
-  """(first row, first column) of a piece to its facts."""
+def upright(length: int):
+  """Scratch for what `stand` writes."""
+  return pltpu.VMEM((len(Side._fields), length, LANES), jnp.int32)
+
+
+def stand(side_ref, standing) -> None:
+  """Writes a side (8, L) upright, every number in all 128 lanes: (3, L, 128)."""
+  up = side_ref[...].T
+  for c in range(standing.shape[0]):
+    standing[c] = jnp.broadcast_to(up[:, c : c + 1], standing.shape[1:])
+
+
+def facts_of(
+  refs, standing, blocks: Blocks, b, n, *, turned: bool = False
+) -> Callable[[int, int], Facts]:
+  """(first row, first column) of a piece to its facts.
+
+  Args:
+    refs: both sides and the operands.
+    standing: what `stand` wrote of the queries, or of the keys where tiles are turned.
+    blocks: how the work is cut.
+    b, n: row of the batch and head.
+    turned: whether tiles are (K, Q).
+  """
   q_ref, k_ref, *operand_refs = refs
-  lying = lambda x, at, size: Side(*(x[c : c + 1, at : at + size] for c in range(3)))
-  standing = lambda x, at, size: Side(*(x[at : at + size, c : c + 1] for c in range(3)))
-  q_side, k_side = q_ref[...], k_ref[...]
-  q_side, k_side = (q_side, k_side.T) if turned else (q_side.T, k_side)
+  R, C = blocks.rows, blocks.columns
+  lying = lambda ref, at, size: Side(*(ref[c : c + 1, at : at + size] for c in range(3)))
+  standing_up = lambda at, size, width: Side(*(
+    wide(standing[c, at : at + size], width) for c in range(3)
+  ))  # fmt: skip
 
   def piece(ref, r: int, c: int):
-    whole = (pl.ds(r, blocks.rows), pl.ds(c, blocks.columns))
-    sizes = (blocks.q, blocks.k)
+    whole, sizes = (pl.ds(r, R), pl.ds(c, C)), (blocks.q, blocks.k)
     return ref[tuple(at if n == size else slice(None)
                      for at, n, size in zip(whole, ref.shape, sizes, strict=True))]  # fmt: skip
 
   def at(r: int, c: int) -> Facts:
-    lay_q, lay_k = (lying, standing) if turned else (standing, lying)
-    q, k = lay_q(q_side, r, blocks.rows), lay_k(k_side, c, blocks.columns)
-    return Facts(q, k, b, n, tuple(piece(ref, r, c) for ref in operand_refs), turned)
+    operands = tuple(piece(ref, r, c) for ref in operand_refs)
+    if turned:
+      return Facts(lying(q_ref, r, R), standing_up(c, C, R), b, n, operands, True)
+    return Facts(standing_up(r, R, C), lying(k_ref, c, C), b, n, operands)
 
   return at
 
