@@ -11,10 +11,10 @@ from specs import B, N, floating, inputs, instance, packed, wide
 
 from attnx.attention import AttentionSpec, masks, pallas_tpu, reference
 from attnx.core import registry
-from pallas_kernels.blocks import Blocks
+from pallas_kernels.blocks import Blocks, Chosen
 
 T, S = 150, 200  # no tile divides them
-BLOCKS = Blocks(128, 128, 128, 128, 0)
+BLOCKS = Chosen(*[Blocks(128, 128, 128, 128, 0)] * 3)
 SAME = registry.build("masks", "same_segment")
 INTERFACES = ("masks", "transforms", "normalisers", "edits")
 ENTRIES = [(interface, name) for interface in INTERFACES for name in registry.names(interface)]
@@ -58,7 +58,7 @@ def run(partial, spec, qkv, q_tokens, k_tokens):
   return gradient(given, q_tokens, k_tokens)
 
 
-def kernel(blocks: Blocks = BLOCKS):
+def kernel(blocks: Chosen = BLOCKS):
   return functools.partial(pallas_tpu.partial, blocks=blocks, interpret=True)
 
 

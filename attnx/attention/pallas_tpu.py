@@ -18,7 +18,7 @@ from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec
 from attnx.core.lookup import Table
 from attnx.core.tokens import Tokens
-from pallas_kernels.blocks import Blocks, choose
+from pallas_kernels.blocks import Chosen, choose
 from pallas_kernels.tpu import lookup, streaming
 from pallas_kernels.tpu.algebra import FLOOR, Algebra, Facts, Side, softmax
 
@@ -33,7 +33,7 @@ def partial(
   q_tokens: Tokens,
   k_tokens: Tokens,
   *,
-  blocks: Blocks | None = None,
+  blocks: Chosen | None = None,
   interpret: Any = False,
 ) -> Partial:
   """`reference.partial` without the scores ever leaving fast memory, and its gradient.
@@ -48,10 +48,11 @@ def partial(
     interpret: emulate on CPU, for tests: True, or `pltpu.InterpretParams`.
   """
   (_, T, _, H), (S, V) = q.shape, (v.shape[1], v.shape[3])
-  blocks = choose("forward", T, S, H, V, q.dtype) if blocks is None else blocks
-  rows, columns = (-(-n // size) * size for n, size in ((T, blocks.q), (S, blocks.k)))
+  blocks = choose(T, S, H, V, q.dtype) if blocks is None else blocks
+  sizes = blocks.forward.q, blocks.forward.k
+  rows, columns = (-(-n // size) * size for n, size in zip((T, S), sizes, strict=True))
   kinds = plans.rows(
-    spec.mask, plans.pad(q_tokens, rows), plans.pad(k_tokens, columns), blocks.q, blocks.k
+    spec.mask, plans.pad(q_tokens, rows), plans.pad(k_tokens, columns), *sizes
   ).kinds()
   handed = hand_over(spec, q, q_tokens, k_tokens)
   exist = rows == T and columns == S and all(map(_exist, (q_tokens, k_tokens)))
@@ -71,11 +72,12 @@ def partial(
 class _Run:
   """The forward and the backward kernels of one call, as a function with a gradient."""
 
-  def __init__(self, algebra: Algebra, handed: Handed, blocks: Blocks, interpret, kinds):
+  def __init__(self, algebra: Algebra, handed: Handed, blocks: Chosen, interpret, kinds):
     self.base_2 = algebra.exp is jnp.exp2
     self.kinds = kinds if isinstance(kinds, np.ndarray) else None
     layout = tuple(streaming.Operand(operand.pairs) for operand in handed.operands)
-    self.how = dict(algebra=algebra, layout=layout, blocks=blocks, interpret=interpret)
+    self.how = dict(algebra=algebra, layout=layout, interpret=interpret)
+    self.blocks = blocks
     self.fold = jax.custom_vjp(self._partial)
     self.fold.defvjp(self._forward, self._backward)
 
@@ -84,7 +86,8 @@ class _Run:
 
   def _forward(self, q, k, v, operands, sides, kinds):
     kinds = self.kinds if kinds is None else kinds
-    out, stats = streaming.forward(q, k, v, *sides, operands, kinds, **self.how)
+    args = (q, k, v, *sides, operands, kinds)
+    out, stats = streaming.forward(*args, blocks=self.blocks.forward, **self.how)
     peak = stats[:, :, streaming.PEAK]
     unit = math.log(2) if self.base_2 else 1.0
     p = Partial(out, stats[:, :, streaming.MASS], peak * unit, stats[:, :, streaming.COUNT])
@@ -96,15 +99,18 @@ class _Run:
     told = jnp.stack([jnp.maximum(peak, FLOOR), grad.mass], axis=2)
     told = jnp.pad(told, ((0, 0), (0, 0), (0, streaming.SUBLANES - told.shape[2]), (0, 0)))
     args = (q, k, v, *sides, operands, kinds, told, grad.out.astype(q.dtype))
-    dq, by_row = streaming.gradient_of_queries(*args, **self.how)
-    dk, dv = streaming.gradient_of_keys(*args, **self.how)
-    by_row = iter(by_row)
+    dq, tables = streaming.gradient_of_queries(*args, blocks=self.blocks.queries, **self.how)
+    dk, dv = streaming.gradient_of_keys(*args, blocks=self.blocks.keys, **self.how)
+    by_row = iter(tables)
+    pairs = functools.partial(
+      streaming.gradient_of_pairs, *args, blocks=self.blocks.queries, **self.how
+    )
     moved: list[Any] = []
     for n, (x, layout) in enumerate(zip(operands, self.how["layout"], strict=True)):
       if not jnp.issubdtype(x.dtype, jnp.floating):
         moved.append(None)
       elif layout.pairs:
-        moved.append(streaming.gradient_of_pairs(*args, number=n, **self.how).astype(x.dtype))
+        moved.append(pairs(number=n).astype(x.dtype))
       else:
         moved.append(_summed(next(by_row), x))
     grads = (g.astype(x.dtype) for g, x in ((dq, q), (dk, k), (dv, v)))
