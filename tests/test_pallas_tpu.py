@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from specs import B, N, floating, inputs, instance, packed, wide
 
-from attnx.attention import AttentionSpec, masks, pallas_tpu, reference
+from attnx.attention import AttentionSpec, explain, masks, pallas_tpu, reference, transforms
+from attnx.attention.partial import merge
 from attnx.core import registry
+from attnx.core.tokens import Tokens
+from attnx.sharded.ulysses import numbered
 from pallas_kernels.blocks import Blocks, Chosen
 
 T, S = 150, 200  # no tile divides them
@@ -90,3 +93,153 @@ def test_what_does_not_work_by_tile_is_refused_with_a_sentence(entry):
   if "row" in spec.needs:  # not offered: the choice of an implementation says so
     return
   assert "tiles" in pallas_tpu.unfit(*qkv, spec)
+
+
+WIDTHS = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
+
+
+def arguments(H: int, V: int, dtype=np.float32, heads=(4, 2), lengths=(T, S)):
+  rng = np.random.default_rng(3)
+  (t, s), (n, k) = lengths, heads
+  shapes = ((1, t, n, H), (1, s, k, H), (1, s, k, V))
+  return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_heads_of_any_width_share_keys(widths):
+  spec, qkv = AttentionSpec(mask=masks.Causal()), arguments(*widths)
+  tokens = Tokens.of_length(T, offset=60), Tokens.of_length(S)
+  assert_near(run(kernel(), spec, qkv, *tokens), exact(spec, qkv, *tokens), 2e-6)
+
+
+@pytest.mark.parametrize("pieces", [(256, 128, 0), (128, 256, 1), (128, 128, 3)], ids=str)
+def test_pieces_and_what_is_started_ahead_change_nothing(pieces):
+  cut = Chosen(*[Blocks(256, 256, *pieces)] * 3)
+  spec = AttentionSpec(mask=masks.Causal(), transforms=(transforms.SoftCap(2.0),))
+  qkv = arguments(32, 16, lengths=(300, 500))
+  tokens = Tokens.of_length(300), Tokens.of_length(500)
+  assert_near(run(kernel(cut), spec, qkv, *tokens), exact(spec, qkv, *tokens), 2e-6)
+
+
+ALIBI = registry.build("transforms", dict(name="alibi", num_heads=4))
+BFLOAT16 = {
+  "softmax": AttentionSpec(mask=masks.Causal() & masks.Window(90)),
+  "biased": AttentionSpec(
+    mask=masks.Causal(), transforms=(transforms.SoftCap(5.0), ALIBI),
+  ),
+  "relu": AttentionSpec(mask=masks.Causal(), normaliser=registry.build("normalisers", "relu")),
+  "cog": AttentionSpec(mask=masks.Causal(), normaliser=registry.build("normalisers", "cog")),
+}
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_bfloat16_is_off_by_a_few_roundings(name):
+  spec, qkv = BFLOAT16[name], arguments(64, 64, jnp.bfloat16)
+  tokens = Tokens.of_length(T), Tokens.of_length(S)
+  assert pallas_tpu.unfit(*qkv, spec) is None
+  wide_qkv = tuple(x.astype(jnp.float32) for x in qkv)  # the same numbers
+  gradient, value = run(kernel(), spec, qkv, *tokens)
+  exact_gradient, exact_value = exact(spec, wide_qkv, *tokens)
+  assert_near(value, exact_value, 2**-8)  # weights are rounded once, by 2^-9
+  assert_near(gradient, exact_gradient, 8 * 2**-8)  # so are cotangents, of which sums of V cancel
+
+
+def test_a_plan_made_on_the_host_is_the_plan_made_at_run_time():
+  spec = AttentionSpec(mask=masks.Causal() & SAME)
+  qkv, tokens = inputs(T, S, np.float32), (packed(T), packed(S))
+  host = lambda *qkv: kernel()(*qkv, spec, *tokens)
+  traced = lambda qkv, tokens: kernel()(*qkv, spec, *tokens)
+  jax.tree.map(np.testing.assert_array_equal, jax.jit(host)(*qkv), jax.jit(traced)(qkv, tokens))
+
+
+def test_rows_that_see_nothing_are_zero_and_move_nothing():
+  nothing = AttentionSpec(mask=masks.Causal() & ~masks.Causal())
+  tokens = packed(T), packed(S)
+  gradient, (out, count) = run(kernel(), nothing, inputs(T, S, np.float32), *tokens)
+  assert not out.any() and not count.any() and not any(g.any() for g in gradient)
+  some = AttentionSpec(mask=masks.Causal() & ~masks.Window(2))
+  gradient, (out, _) = run(kernel(), some, inputs(T, S, np.float32), *tokens)
+  assert not out[:, :3].any() and out[0, 3:70].any()
+  assert all(np.isfinite(g).all() for g in gradient) and not gradient[0][:, :3].any()
+
+
+def test_partials_of_the_kernel_merge_with_those_of_the_reference():
+  spec, (q, k, v) = AttentionSpec(mask=masks.Causal()), arguments(32, 16)
+  where = Tokens.of_length(S)
+  pieces = [(kernel(), slice(0, 130)), (reference.partial, slice(130, S))]
+  tokens = Tokens.of_length(T, offset=50)
+  parts = [f(q, k[:, at], v[:, at], spec, tokens, where[at]) for f, at in pieces]
+  expected = spec.finish(reference.partial(q, k, v, spec, tokens, where))
+  np.testing.assert_allclose(spec.finish(merge(*parts)), expected, rtol=2e-5, atol=2e-6)
+
+
+BIASES = [(1, 4, T, S), (2, 1, 1, S), (1, 4, T, 1), (2, 1, T, S), (1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("shape", BIASES, ids=str)
+def test_learned_arrays_of_pairs_have_gradients_of_their_shape(shape):
+  bias = jnp.asarray(np.random.default_rng(4).standard_normal(shape), jnp.float32)
+  spec = AttentionSpec(mask=masks.Causal(), transforms=(transforms.Add(bias),))
+  qkv, tokens = inputs(T, S, np.float32), (packed(T), packed(S))
+  (*_, gradient), _ = actual = run(kernel(), spec, qkv, *tokens)
+  assert gradient.shape == shape
+  assert_near(actual, exact(spec, qkv, *tokens), 4e-6)
+
+
+def test_shards_of_a_mesh_have_values_and_gradients_of_their_own():
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  dropout = transforms.Dropout(np.array([0, 7], np.uint32), 0.4)
+  spec = AttentionSpec(mask=masks.Causal(), edits=(dropout,))
+  qkv, tokens = inputs(T, S, np.float32), (Tokens.of_length(T), Tokens.of_length(S))
+
+  def sharded(q, k, v, spec, *tokens):
+    def here(q, k, v):
+      first = jax.lax.axis_index("data") * q.shape[0]
+      return kernel()(q, k, v, numbered(spec, batch=first), *tokens)
+
+    rows = jax.sharding.PartitionSpec("data")
+    return jax.shard_map(here, mesh=mesh, in_specs=rows, out_specs=rows)(q, k, v)
+
+  assert_near(run(sharded, spec, qkv, *tokens), exact(spec, qkv, *tokens), 4e-6)
+
+
+def closes_over_an_array(batch, head, q, k):
+  return jnp.asarray(np.arange(9) % 2 == 0)[k % 9]
+
+
+def gathers(scores, batch, head, q, k):
+  return scores + jnp.take(jnp.arange(9.0), k % 9)
+
+
+@pytest.mark.parametrize("mods, says", [
+  (dict(mask_mod=closes_over_an_array), "arrays"), (dict(score_mod=gathers), "gather"),
+])  # fmt: skip
+def test_functions_that_no_tile_can_compute_are_refused(mods, says):
+  assert says in pallas_tpu.unfit(*inputs(T, S, np.float32), AttentionSpec.from_mods(**mods))
+
+
+def test_functions_of_coordinates_run_in_the_kernel():
+  spec = AttentionSpec.from_mods(
+    lambda b, n, q, k: (k <= q) | (n == 1), lambda s, b, n, q, k: s - 0.1 * (q - k) * (n + b)
+  )
+  qkv, tokens = inputs(T, S, np.float32), (Tokens.of_length(T), Tokens.of_length(S))
+  assert pallas_tpu.unfit(*qkv, spec) is None
+  assert_near(run(kernel(), spec, qkv, *tokens), exact(spec, qkv, *tokens), 4e-6)
+
+
+def test_what_cannot_run_says_why():
+  q, k, v = arguments(64, 64)
+  assert "TPU" in pallas_tpu.refusal(q, k, v, AttentionSpec())
+  assert "bfloat16" in pallas_tpu.unfit(q, k.astype(jnp.bfloat16), v, AttentionSpec())
+  shaw = AttentionSpec(transforms=(instance("transforms", "shaw"),))
+  assert "RelativeValues" in pallas_tpu.unfit(*inputs(T, S, np.float32), shaw)
+  long = jax.ShapeDtypeStruct((64, 2**20, 1, 64), jnp.bfloat16)
+  assert "tiles" in pallas_tpu.unfit(long, long, long, AttentionSpec())
+
+
+def test_explain_tells_the_tiles_of_the_kernel_and_how_it_cuts_them():
+  shape = jax.ShapeDtypeStruct((1, 4096, 8, 128), jnp.bfloat16)
+  explanation = explain(shape, shape, shape, AttentionSpec(mask=masks.Causal()))
+  tiles = explanation.tiles["pallas_tpu"]
+  assert tiles.empty and tiles.partial and tiles.full
+  assert f"tiles of {tiles.q_chunk} x {tiles.k_chunk} in pieces of" in str(explanation)

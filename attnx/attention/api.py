@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx.attention import chunked, pallas_tpu, reference
+from attnx.attention import plan as plans
 from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec, Need
 from attnx.core.instead import replaceable
@@ -32,11 +33,13 @@ class Implementation:
     partial: (q, k, v, spec, q_tokens, k_tokens) -> Partial.
     offers: the needs that it can meet; see `AttentionSpec.needs`.
     refusal: says why a call cannot run here, or None when it can.
+    plan: (spec, q, k, v, q_tokens, k_tokens) -> which tiles it visits; None: it knows no tiles.
   """
 
   partial: Callable[..., Partial]
   offers: frozenset[str] = frozenset()
   refusal: Callable[..., str | None] = lambda q, k, v, spec: None
+  plan: Callable[..., plans.Summary] | None = None
 
   def why_not(self, q, k, v, spec: AttentionSpec) -> str | None:
     if missing := spec.needs - self.offers:
@@ -46,9 +49,9 @@ class Implementation:
 
 IMPLEMENTATIONS = {  # in order of preference
   "pallas_tpu": Implementation(
-    pallas_tpu.partial, offers=frozenset(Need) - {Need.ROW}, refusal=pallas_tpu.refusal
+    pallas_tpu.partial, frozenset(Need) - {Need.ROW}, pallas_tpu.refusal, pallas_tpu.summary
   ),
-  "chunked": Implementation(chunked.partial, offers=frozenset(Need)),
+  "chunked": Implementation(chunked.partial, frozenset(Need), plan=plans.summary),
   "reference": Implementation(reference.partial, offers=frozenset(Need)),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
@@ -34,11 +34,11 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-  """A row for each implementation, and the plan of tiles; prints as a table."""
+  """A row for each implementation, and the tiles that it visits; prints as a table."""
 
   call: str
   rows: tuple[Row, ...]
-  tiles: str
+  tiles: Mapping[str, plan.Summary]
 
   @property
   def runs(self) -> str | None:
@@ -57,7 +57,8 @@ class Explanation:
       "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
       for row in (head, tuple("-" * width for width in widths), *body)
     ]
-    return "\n".join([self.call, self.tiles, *lines])
+    tiles = [f"{name}: {summary}" for name, summary in self.tiles.items()]
+    return "\n".join([self.call, *tiles, *lines])
 
 
 def explain(
@@ -89,14 +90,16 @@ def explain(
   k_tokens = Tokens.of_length(S) if k_tokens is None else k_tokens
   q, k, v = shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
   moved = sum(x.size * x.dtype.itemsize for x in shapes) + B * T * N * V * value.dtype.itemsize
-  tiles = plan.summary(spec, q, k, v, q_tokens, k_tokens)
+  tiles: dict[str, plan.Summary] = {}
   rows: list[Row] = []
   for name, implementation in api.IMPLEMENTATIONS.items():
+    if implementation.plan is not None and spec.needs <= implementation.offers:
+      tiles[name] = implementation.plan(spec, q, k, v, q_tokens, k_tokens)
     if (reason := implementation.why_not(q, k, v, spec)) is not None:
       rows.append(Row(name, reason))
       continue
     memory = temporary(implementation.partial, shapes, spec, q_tokens, k_tokens)
-    pairs = T * S if name == "reference" else tiles.pairs
+    pairs = tiles[name].pairs if name in tiles else T * S
     taken = any(row.verdict == "runs" for row in rows)
     flops = 2 * B * N * (H + V) * pairs
     rows.append(Row(name, "could run" if taken else "runs", flops, moved, memory))
@@ -104,7 +107,7 @@ def explain(
     f"B={B} T={T} S={S} N={N} K={K} H={H} V={V} {value.dtype.name} on {jax.default_backend()}, "
     f"needs {sorted(map(str, spec.needs)) or 'nothing'}\nmask {spec.mask}"
   )
-  return Explanation(call, tuple(rows), str(tiles))
+  return Explanation(call, tuple(rows), tiles)
 
 
 def explain_first(function: Callable[..., Any], *args: Any) -> Explanation | None:

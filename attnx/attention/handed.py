@@ -71,6 +71,7 @@ def hand_over(spec: AttentionSpec, q: jax.Array, q_tokens: Tokens, k_tokens: Tok
     array = jnp.asarray(array)
     if not (_in_order(q_tokens) and _in_order(k_tokens)):
       array = pick(array, q_tokens.rows(*q.shape[:3:2]), k_tokens.columns())
+      array = array.reshape(*[1] * (4 - array.ndim), *array.shape)  # one number has no axes left
     truth = array.dtype == bool
     wrap = lambda tile: Tile(tile.astype(jnp.int32) > 0 if truth else tile)
     return add(array.astype(jnp.int8) if truth else array, wrap, pairs=True)

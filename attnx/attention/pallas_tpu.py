@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -67,6 +68,15 @@ def partial(
     (sides(q_tokens, rows), sides(k_tokens, columns)), traced,
   )  # fmt: skip
   return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2)[:, :T], p)
+
+
+def summary(spec: AttentionSpec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> plans.Summary:
+  """The plan that the forward kernel follows for a call; arrays may be shapes only."""
+  (T, H), (S, V) = q.shape[1::2], v.shape[1::2]
+  blocks = choose(T, S, H, V, q.dtype).forward
+  outcome = plans.outcome(spec.mask, q_tokens, k_tokens, blocks.q, blocks.k)
+  pieces = f"{blocks.rows} x {blocks.columns}, {blocks.ahead} ahead"
+  return dataclasses.replace(outcome, pieces=pieces)
 
 
 class _Run:
@@ -203,7 +213,7 @@ def unfit(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> str 
     return f"lists up to {LIST} tiles of 512 x 1024, got {tiles}: split the keys or the batch"
   try:
     jaxpr = jax.make_jaxpr(functools.partial(_tile, spec, q.shape, k.shape, q.dtype))()
-  except (TypeError, NotImplementedError, IndexError) as error:
+  except (TypeError, ValueError, NotImplementedError, IndexError) as error:
     return f"cannot read the spec in tiles: {str(error).splitlines()[0]}"
   if jaxpr.consts and any(np.size(x) > 1 for x in jaxpr.consts):
     return "cannot read arrays that a function of the spec closes over: make them fields of a part"
@@ -238,10 +248,10 @@ def _tile(spec: AttentionSpec, q_shape, k_shape, dtype):
     tiles.append(jnp.zeros(cut, x.dtype))
   facts = Facts(side(size, 1), side(1, size), 0, 0, tuple(tiles))
   how = algebra(spec, handed, H, dtype)
-  scores = how.score(jnp.zeros((size, size), jnp.float32), facts)
-  visible = jnp.broadcast_to(how.visible(facts), scores.shape)
-  weights = how.weigh(scores, visible, jnp.zeros_like(scores))
-  assert weights.shape == scores.shape == (size, size)
+  scores, _, told = how.masked(jnp.zeros((size, size), jnp.float32), facts, True)
+  weights = how.weigh(scores, told, jnp.zeros_like(scores))
+  if not weights.shape == scores.shape == (size, size):
+    raise ValueError(f"a tile of {(size, size)} became {scores.shape}, then {weights.shape}")
   return how.edit(weights, facts)
 
 

@@ -107,6 +107,7 @@ class Summary:
     q_chunk, k_chunk: size of a tile.
     empty, partial, full: number of tiles, or None while tokens are traced.
     pairs: pairs of tokens in the tiles that are visited; all of them while tokens are traced.
+    pieces: how a kernel cuts a tile further; None where it does not.
   """
 
   q_chunk: int
@@ -115,9 +116,11 @@ class Summary:
   partial: int | None
   full: int | None
   pairs: int
+  pieces: str | None = None
 
   def __str__(self) -> str:
     size = f"tiles of {self.q_chunk} x {self.k_chunk}"
+    size += f" in pieces of {self.pieces}" if self.pieces else ""
     if self.empty is None:
       return f"{size}: planned at run time"
     return f"{size}: {self.empty} empty, {self.partial} partial, {self.full} full"

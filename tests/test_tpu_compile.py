@@ -1,0 +1,107 @@
+"""Every entry that works by tile compiles for TPUs, forward and backward, from the one kernel.
+
+`make test-tpu` installs the compiler; `make test` skips this file. One process compiles all entries
+for a chip.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from specs import floating
+from test_pallas_tpu import FIT, SAME
+
+from attnx.attention import AttentionSpec, masks, pallas_tpu, transforms
+from attnx.core import registry
+from attnx.core.tokens import Tokens
+from pallas_kernels import aot
+from pallas_kernels.blocks import Blocks, Chosen
+
+B, T, N, K, H, BLOCK = 2, 256, 4, 2, 128, 128
+BLOCKS = Chosen(*[Blocks(BLOCK, BLOCK, BLOCK, BLOCK, 0)] * 3)
+DENSE = ("bias", "visible")  # arrays of pairs, which are no entries
+CHIPS = ["v5e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5p", "v6e", "tpu7x"))]
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def spec_of(interface: str, name: str) -> AttentionSpec:
+  if interface == "pairs":
+    array = np.ones((1, N, T, T), np.float32)
+    if name == "bias":
+      return AttentionSpec(transforms=(transforms.Add(array),))
+    return AttentionSpec(mask=masks.Dense(array > 0))
+  options = dict(registry.get(interface, name).tiny, name=name)
+  if name == "top_k_blocks":
+    options |= dict(scores=np.zeros((B, N, T // 16, T // 16)), q_block=16, k_block=16)
+  if name == "shaw":
+    options |= dict(values=False)
+  part = registry.build(
+    interface, options, num_heads=N, head_dim=H, dim=N * H, rngs=nnx.Rngs(0)
+  )
+  if interface == "masks":
+    return AttentionSpec(mask=part)
+  mask = masks.Causal() & SAME
+  if interface == "normalisers":
+    return AttentionSpec(mask=mask, normaliser=part)
+  return AttentionSpec(mask=mask, **{interface: (part,)})
+
+
+def case(interface: str, name: str, dtype=jnp.bfloat16):
+  """The value and all gradients of an entry, packed rows with positions known at run time."""
+  leaves, tree = jax.tree.flatten(spec_of(interface, name))
+  moving = [floating(x) for x in leaves]
+
+  def loss(qkv, moved, rest, at):
+    moved, rest = iter(moved), iter(rest)
+    spec = tree.unflatten([next(moved if m else rest) for m in moving])
+    tokens = Tokens(np.arange(T, dtype=np.int32)[None], at, at)
+    p = pallas_tpu.partial(*qkv, spec, tokens, tokens, blocks=BLOCKS)
+    return spec.finish(p).astype(jnp.float32).sum()
+
+  shape = lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.asarray(x).dtype)
+  pick = lambda kind: [shape(x) for x, m in zip(leaves, moving) if m == kind]
+  qkv = tuple(jax.ShapeDtypeStruct((B, T, heads, H), dtype) for heads in (N, K, K))
+  at = jax.ShapeDtypeStruct((B, T), jnp.int32)
+  return jax.value_and_grad(loss, (0, 1)), (qkv, pick(True), pick(False), at)
+
+
+@pytest.fixture(scope="module", params=CHIPS)
+def compiled(request) -> dict[str, str]:
+  """What became of every entry on a chip: "" or the error."""
+  path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+  ran = subprocess.run(
+    [sys.executable, __file__, request.param], cwd=ROOT, check=True, timeout=900,
+    capture_output=True, text=True,
+    env=os.environ | aot.TPU_ENVIRONMENT | {"PYTHONPATH": path},
+  )  # fmt: skip
+  return json.loads(ran.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is absent")
+@pytest.mark.parametrize("entry", [*FIT, *(("pairs", name) for name in DENSE)], ids="-".join)
+def test_an_entry_compiles_forward_and_backward(compiled, entry):
+  assert compiled["-".join(entry)] == ""
+
+
+def compile_all(chip: str) -> dict[str, str]:
+  found = {}
+  for entry in [*FIT, *(("pairs", name) for name in DENSE)]:
+    target = f"test_tpu_compile:case(interface={entry[0]!r}, name={entry[1]!r})"
+    try:
+      aot.compiled(target, chip)
+      found["-".join(entry)] = ""
+    except Exception as error:  # whatever it is, it belongs to this entry
+      found["-".join(entry)] = f"{type(error).__name__}: {str(error)[:400]}"
+  return found
+
+
+if __name__ == "__main__":
+  print(json.dumps(compile_all(sys.argv[1])))
