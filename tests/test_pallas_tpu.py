@@ -243,3 +243,25 @@ def test_explain_tells_the_tiles_of_the_kernel_and_how_it_cuts_them():
   tiles = explanation.tiles["pallas_tpu"]
   assert tiles.empty and tiles.partial and tiles.full
   assert f"tiles of {tiles.q_chunk} x {tiles.k_chunk} in pieces of" in str(explanation)
+
+
+FEW = [("masks", "causal"), ("masks", "sink_window"), ("masks", "top_k_blocks"),
+       ("transforms", "alibi"), ("transforms", "t5_bias"), ("transforms", "music_relative"),
+       ("normalisers", "relu"), ("normalisers", "sink"), ("edits", "dropout")]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", FEW, ids="-".join)
+def test_a_few_queries_are_decoded_to_the_same_values(entry):
+  (q, k, v), spec = inputs(T, S, np.float32), spec_of(*entry)
+  rows = slice(100, 103)
+  tokens = packed(T)[rows], packed(S)
+  decode = jax.jit(lambda q, k, v: spec.finish(kernel()(q, k, v, spec, *tokens)))
+  expected = spec.finish(reference.partial(q[:, rows], k, v, spec, *tokens))
+  np.testing.assert_allclose(decode(q[:, rows], k, v), expected, rtol=2e-5, atol=2e-6)
+  assert "attnx_decode" in str(decode.trace(q[:, rows], k, v).jaxpr)
+
+
+def test_a_few_queries_have_gradients():
+  spec, (q, k, v) = AttentionSpec(mask=masks.Causal()), arguments(32, 16)
+  qkv, tokens = (q[:, 100:103], k, v), (Tokens.of_length(3, offset=160), Tokens.of_length(S))
+  assert_near(run(kernel(), spec, qkv, *tokens), exact(spec, qkv, *tokens), 2e-6)

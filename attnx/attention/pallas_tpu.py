@@ -20,10 +20,11 @@ from attnx.attention.spec import AttentionSpec
 from attnx.core.lookup import Table
 from attnx.core.tokens import Tokens
 from pallas_kernels.blocks import Chosen, choose
-from pallas_kernels.tpu import lookup, streaming
+from pallas_kernels.tpu import decode, lookup, streaming
 from pallas_kernels.tpu.algebra import FLOOR, Algebra, Facts, Side, softmax
 
 LIST = 2**17  # tiles of a plan that scalar memory holds
+FEW = 16  # queries that are decoding and not training
 
 
 def partial(
@@ -57,7 +58,7 @@ def partial(
   ).kinds()
   handed = hand_over(spec, q, q_tokens, k_tokens)
   exist = rows == T and columns == S and all(map(_exist, (q_tokens, k_tokens)))
-  run = _Run(algebra(spec, handed, H, q.dtype, exist), handed, blocks, interpret, kinds)
+  run = _Run(algebra(spec, handed, H, q.dtype, exist), handed, blocks, interpret, kinds, T)
   heads = lambda x, length: jnp.swapaxes(
     jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))), 1, 2
   )
@@ -80,28 +81,39 @@ def summary(spec: AttentionSpec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) ->
 
 
 class _Run:
-  """The forward and the backward kernels of one call, as a function with a gradient."""
+  """The forward and the backward kernels of one call, as a function with a gradient.
 
-  def __init__(self, algebra: Algebra, handed: Handed, blocks: Chosen, interpret, kinds):
-    self.base_2 = algebra.exp is jnp.exp2
+  A few queries, as in decoding, have a kernel of their own, unless a gradient is asked for.
+  """
+
+  def __init__(self, algebra: Algebra, handed: Handed, blocks: Chosen, interpret, kinds, T: int):
+    self.unit = math.log(2) if algebra.exp is jnp.exp2 else 1.0
+    self.T = T
     self.kinds = kinds if isinstance(kinds, np.ndarray) else None
     layout = tuple(streaming.Operand(operand.pairs) for operand in handed.operands)
     self.how = dict(algebra=algebra, layout=layout, interpret=interpret)
     self.blocks = blocks
-    self.fold = jax.custom_vjp(self._partial)
+    self.fold = jax.custom_vjp(self._few if T <= FEW else lambda *args: self._forward(*args)[0])
     self.fold.defvjp(self._forward, self._backward)
 
-  def _partial(self, *args) -> Partial:
-    return self._forward(*args)[0]
+  def _few(self, q, k, v, operands, sides, kinds) -> Partial:
+    kinds = self.kinds if kinds is None else kinds
+    rows = [x if x.shape[2] == 1 else x[:, :, : self.T] for x in operands]
+    parts = decode.decode(
+      q[:, :, : self.T], k, v, sides[0][..., : self.T], sides[1], rows, jnp.asarray(kinds[:, 0]),
+      block_k=self.blocks.forward.k, **self.how,
+    )  # fmt: skip
+    p = decode.combined(parts, self.how["algebra"])
+    p = Partial(p.out, p.mass, p.peak * self.unit, p.count)
+    more = (0, q.shape[2] - self.T)
+    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), more] + [(0, 0)] * (x.ndim - 3)), p)
 
   def _forward(self, q, k, v, operands, sides, kinds):
     kinds = self.kinds if kinds is None else kinds
     args = (q, k, v, *sides, operands, kinds)
     out, stats = streaming.forward(*args, blocks=self.blocks.forward, **self.how)
-    peak = stats[:, :, streaming.PEAK]
-    unit = math.log(2) if self.base_2 else 1.0
-    p = Partial(out, stats[:, :, streaming.MASS], peak * unit, stats[:, :, streaming.COUNT])
-    return p, (q, k, v, operands, sides, kinds, peak)
+    mass, peak, count = (stats[:, :, row] for row in range(3))  # MASS, PEAK, COUNT
+    return Partial(out, mass, peak * self.unit, count), (q, k, v, operands, sides, kinds, peak)
 
   def _backward(self, residuals, grad: Partial):
     q, k, v, operands, sides, kinds, peak = residuals
@@ -167,7 +179,7 @@ def algebra(
 
   def read(facts: Facts):
     here, tables = handed.build(facts.operands, _Table)
-    one_pair = lambda x: jnp.full((1, 1), x, jnp.int32)
+    one_pair = lambda x: x if jnp.ndim(x) else jnp.full((1, 1), x, jnp.int32)
     q = Tokens(*facts.q, batch=one_pair(facts.batch), head=one_pair(facts.head))
     return here, tables, q, Tokens(*facts.k)
 
