@@ -17,7 +17,7 @@ test-slow: .venv/test
 
 # Compiles for TPUs ahead of time, with libtpu in an environment of its own; wants no TPU.
 test-tpu: .venv-tpu/test
-	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest tests/test_ring_schedule.py
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -n $(JOBS) -m "libtpu and not slow"
 
 lint: .venv/test
 	$(BIN)/python -m flake8 attnx pallas_kernels configs experiments tests

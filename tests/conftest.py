@@ -1,6 +1,7 @@
 """Eight devices on one CPU and a compilation cache, for every test; before JAX is imported."""
 
 import gc
+import importlib.util
 import os
 import pathlib
 
@@ -15,6 +16,13 @@ os.environ["XLA_FLAGS"] = " ".join([
 CACHE = pathlib.Path(__file__).parent.parent / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+@pytest.fixture(autouse=True)
+def compiler(request):
+  """Skips what wants libtpu where it is absent; `make test-tpu` installs it."""
+  if request.node.get_closest_marker("libtpu") and not importlib.util.find_spec("libtpu"):
+    pytest.skip("libtpu is absent")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,9 +12,6 @@ import pytest
 from pallas_kernels import aot, cases, schedule
 
 ROOT = pathlib.Path(__file__).parent.parent
-needs_libtpu = pytest.mark.skipif(
-  importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
 
 # A loop (region 2) around a body (region 3) with matrix work, then a second body (region 5).
 BUNDLES = """= control target key start
@@ -242,7 +239,7 @@ def broken():
 """
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_a_kernel_is_compiled_for_a_chip_that_is_not_there(tmp_path):
   (tmp_path / "tiny.py").write_text(TINY)
   done = run("tiny:case(n=128)", "tiny:broken", "--chips", "v5e", "--json", folder=tmp_path)
@@ -256,7 +253,7 @@ def test_a_kernel_is_compiled_for_a_chip_that_is_not_there(tmp_path):
   assert product["hot"]["share"]["MXU"] > 0 and product["spills"] == 0
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_a_mistake_in_the_case_ends_the_run_with_one_line(tmp_path):
   (tmp_path / "tiny.py").write_text(TINY)
   done = run("tiny:absent", "--chips", "v5e,v6e", folder=tmp_path)

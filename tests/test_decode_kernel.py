@@ -1,7 +1,6 @@
 """The decoding kernel against float64, on emulated TPUs that tell of races and unwritten memory."""
 
 import dataclasses
-import importlib.util
 import itertools
 import os
 import pathlib
@@ -348,7 +347,7 @@ def compile_ahead(page: int, dtype: str) -> None:
   assert "tpu_custom_call" in compiled.as_text()
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is absent")
+@pytest.mark.libtpu
 @pytest.mark.parametrize("page, dtype", [
   (0, "bfloat16"), (0, "float8_e4m3fn"), (16, "bfloat16"), (32, "int8"),
 ])  # fmt: skip

@@ -1,6 +1,5 @@
 """What a ring sends travels while it attends: the order that the compiler for TPUs chose, read."""
 
-import importlib.util
 import os
 import pathlib
 import re
@@ -71,7 +70,7 @@ def hops(text: str) -> list[tuple[str, int]]:
   return found
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is absent")
+@pytest.mark.libtpu
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
 def test_hops_span_the_tiles_of_a_shard(gradient):
   # a process of its own: libtpu wants to be told of a machine before JAX is imported

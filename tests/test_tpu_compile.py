@@ -4,7 +4,6 @@
 for a chip.
 """
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -85,7 +84,7 @@ def compiled(request) -> dict[str, str]:
   return json.loads(ran.stdout.splitlines()[-1])
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is absent")
+@pytest.mark.libtpu
 @pytest.mark.parametrize("entry", [*FIT, *(("pairs", name) for name in DENSE)], ids="-".join)
 def test_an_entry_compiles_forward_and_backward(compiled, entry):
   assert compiled["-".join(entry)] == ""

@@ -76,7 +76,7 @@ class Algebra:
   turns: bool = True
 
   def masked(self, products: jax.Array, facts: Facts, mask: bool) -> tuple[jax.Array, Any, Any]:
-    """Scores, what is visible, and what `weigh` has to be told of it; without `mask` that is all."""
+    """Scores, what is visible, and what `weigh` has to be told of it; all if not `mask`."""
     scores = self.score(products, facts)
     if not mask:
       return scores, True, True
