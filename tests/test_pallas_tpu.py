@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,14 @@ import numpy as np
 import pytest
 from specs import B, N, floating, inputs, instance, packed, wide
 
-from attnx.attention import AttentionSpec, explain, masks, pallas_tpu, reference, transforms
+from attnx.attention import (
+  AttentionSpec, api, explain, masks, pallas_tpu, reference, transforms,
+)  # fmt: skip
 from attnx.attention.partial import merge
 from attnx.core import registry
 from attnx.core.tokens import Tokens
+from attnx.sharded.rules import AXES
+from attnx.sharded.sequence import over
 from attnx.sharded.ulysses import numbered
 from pallas_kernels.blocks import Blocks, Chosen
 
@@ -265,3 +270,36 @@ def test_a_few_queries_have_gradients():
   spec, (q, k, v) = AttentionSpec(mask=masks.Causal()), arguments(32, 16)
   qkv, tokens = (q[:, 100:103], k, v), (Tokens.of_length(3, offset=160), Tokens.of_length(S))
   assert_near(run(kernel(), spec, qkv, *tokens), exact(spec, qkv, *tokens), 2e-6)
+
+
+MESHES = [(2, 1, 1, 1), (1, 1, 2, 1)]  # data, fsdp, tensor, seq: plans that differ by device
+# are beyond the emulators, so that tests/test_tpu_compile.py compiles a ring instead
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_attention_over_a_mesh_of_tpus_runs_in_kernels(sizes, monkeypatch):
+  auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+  mesh = jax.make_mesh(sizes, AXES, auto, devices=jax.devices()[: math.prod(sizes)])
+  calls = []
+
+  def emulated(*args):
+    calls.append(args[0].shape)
+    return kernel()(*args)
+
+  as_there = dataclasses.replace(api.IMPLEMENTATIONS["pallas_tpu"], partial=emulated)
+  monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_tpu", as_there)
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  spec, qkv = AttentionSpec(mask=masks.Causal()), inputs(256, 256, np.float32)
+  tokens = Tokens.of_length(256), Tokens.of_length(256)
+
+  def over_devices(*args):
+    with over(mesh):
+      return api.attend_partial(*args[:4], q_tokens=args[4], k_tokens=args[5])
+
+  assert_near(run(over_devices, spec, qkv, *tokens), exact(spec, qkv, *tokens), 4e-6)
+  assert calls
+
+
+def test_kernels_are_not_left_to_xla_to_split(monkeypatch):
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  assert "shard_map" in pallas_tpu.refusal(*arguments(64, 64), AttentionSpec())

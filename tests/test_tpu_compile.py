@@ -4,6 +4,7 @@
 for a chip.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,9 +19,10 @@ import pytest
 from specs import floating
 from test_pallas_tpu import FIT, SAME
 
-from attnx.attention import AttentionSpec, masks, pallas_tpu, transforms
+from attnx.attention import AttentionSpec, api, masks, pallas_tpu, transforms
 from attnx.core import registry
 from attnx.core.tokens import Tokens
+from attnx.sharded.ring import ring_attend
 from pallas_kernels import aot
 from pallas_kernels.blocks import Blocks, Chosen
 
@@ -72,6 +74,26 @@ def case(interface: str, name: str, dtype=jnp.bfloat16):
   return jax.value_and_grad(loss, (0, 1)), (qkv, pick(True), pick(False), at)
 
 
+def ring(devices):
+  """Value and gradient of a ring whose shards are attended to by kernels, over all devices."""
+  mesh = jax.sharding.Mesh(np.array(devices), ("ring",))
+  here = api.IMPLEMENTATIONS["pallas_tpu"]
+  api.IMPLEMENTATIONS["pallas_tpu"] = dataclasses.replace(here, refusal=lambda *_: None)
+
+  def attend(q, k, v, at):
+    tokens = dict(q_tokens=at, k_tokens=at)
+    return ring_attend(q, k, v, AttentionSpec(mask=masks.Causal()), **tokens, axis_name="ring")
+
+  shards = jax.sharding.PartitionSpec(None, "ring")
+  over = jax.shard_map(attend, mesh=mesh, in_specs=shards, out_specs=shards)
+  loss = lambda q, k, v, at: over(q, k, v, at).astype(jnp.float32).sum()
+  place = jax.NamedSharding(mesh, shards)
+  shape = lambda x, dtype: jax.ShapeDtypeStruct(x, dtype, sharding=place)
+  length = T * len(devices)
+  qkv = [shape((B, length, heads, H), jnp.bfloat16) for heads in (N, K, K)]
+  return jax.value_and_grad(loss, (0, 1, 2)), [*qkv, Tokens(*[shape((1, length), jnp.int32)] * 3)]
+
+
 @pytest.fixture(scope="module", params=CHIPS)
 def compiled(request) -> dict[str, str]:
   """What became of every entry on a chip: "" or the error."""
@@ -90,15 +112,24 @@ def test_an_entry_compiles_forward_and_backward(compiled, entry):
   assert compiled["-".join(entry)] == ""
 
 
+@pytest.mark.libtpu
+def test_a_ring_whose_shards_are_attended_to_by_kernels_compiles(compiled):
+  assert compiled["ring"] == ""
+
+
 def compile_all(chip: str) -> dict[str, str]:
-  found = {}
-  for entry in [*FIT, *(("pairs", name) for name in DENSE)]:
-    target = f"test_tpu_compile:case(interface={entry[0]!r}, name={entry[1]!r})"
+  """Entries, and "ring", to "" or what went wrong."""
+  found, module = {}, pathlib.Path(__file__).stem
+  targets = {"ring": f"{module}:ring"}
+  for interface, name in [*FIT, *(("pairs", name) for name in DENSE)]:
+    arguments = f"interface={interface!r}, name={name!r}"
+    targets[f"{interface}-{name}"] = f"{module}:case({arguments})"
+  for name, target in targets.items():
     try:
       aot.compiled(target, chip)
-      found["-".join(entry)] = ""
+      found[name] = ""
     except Exception as error:  # whatever it is, it belongs to this entry
-      found["-".join(entry)] = f"{type(error).__name__}: {str(error)[:400]}"
+      found[name] = f"{type(error).__name__}: {str(error)[:400]}"
   return found
 
 

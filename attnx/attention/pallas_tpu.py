@@ -19,6 +19,7 @@ from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec
 from attnx.core.lookup import Table
 from attnx.core.tokens import Tokens
+from attnx.core.varying import alone
 from pallas_kernels.blocks import Chosen, choose
 from pallas_kernels.tpu import decode, lookup, streaming
 from pallas_kernels.tpu.algebra import FLOOR, Algebra, Facts, Side, softmax
@@ -209,6 +210,8 @@ def refusal(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> st
   """Why a call cannot run in the kernels here; None if it can."""
   if jax.default_backend() != "tpu":
     return f"runs on TPU, not on {jax.default_backend()}"
+  if not alone():
+    return f"runs inside jax.shard_map where there are {jax.device_count()} devices"
   return unfit(q, k, v, spec)
 
 

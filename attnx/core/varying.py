@@ -34,3 +34,8 @@ def together(tree: Any) -> Any:
   for i, x in zip(moving, varying([jnp.asarray(leaves[i]) for i in moving], leaves), strict=True):
     leaves[i] = x
   return structure.unflatten(leaves)
+
+
+def alone() -> bool:
+  """Whether arrays are what one device has, so that XLA need not split what is done with them."""
+  return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx.core.instead import replaceable
-from attnx.recurrence import chunks
+from attnx.recurrence import chunks, pallas_tpu
 
 SUB = 16  # rows of a chunk that share a reference row where the decay varies along H
 
@@ -43,7 +43,8 @@ def linear_attention(
     state: S_0, (B, N, H, V); zero if None. It belongs to the segment of the first token.
     segment: (#B, T) integers; where the id changes, the state starts at zero again.
     chunk: tokens handled at once. Scores are B N chunk^2; where the decay varies along H, there is
-      B N chunk^2 H / 16 besides.
+      B N chunk^2 H / 16 besides. On a TPU a kernel runs, which keeps them in fast memory, unless
+      `pallas_tpu.refusal` says why not; 128 suits it, or 64 where the decay varies along H.
 
   Returns:
     o (B, T, N, V) in the dtype of `v`, and S_T (B, N, H, V) in float32 (float64 if an input is).
@@ -58,12 +59,14 @@ def linear_attention(
   if bonus is not None and bonus.shape != (N, H):
     raise ValueError(f"bonus has shape {bonus.shape}; expected ({N}, {H})")
   dtype = jnp.promote_types(jnp.result_type(q, k, v), jnp.float32)
-  chunk = min(chunk, T)
   xs = {"q": q, "k": k, "v": v}
   if log_decay is not None:
     xs["log_decay"] = along(log_decay, (B, T, N, H))
   state = jnp.zeros((B, N, H, V), dtype) if state is None else state.astype(dtype)
   bonus = None if bonus is None else bonus.astype(dtype)
+  if pallas_tpu.refusal(xs, chunk) is None:
+    return pallas_tpu.run(xs, bonus, state, segment, chunk)
+  chunk = min(chunk, T)
   cuts = {name: chunks.cut(x, chunk) for name, x in xs.items()}
   runs = chunks.runs(segment, B, T, chunk)
   every = -(-H // (2 * chunk))  # so that the states kept are at most twice the size of v
@@ -165,4 +168,5 @@ def _vector_scores(q, k, read, sums, last):
   pairs = jnp.exp(jnp.where(inside, pairs, -jnp.inf))  # (B, N, P, SUB, SUB, H)
   near = jnp.sum(blocks(q)[..., :, None, :] * blocks(k)[..., None, :, :] * pairs, axis=-1)
   near = near[..., None, :] * np.eye(P)[:, None, :, None].astype(near.dtype)
-  return (far + near.reshape(far.shape)).reshape(*q.shape[:-1], P * SUB)[..., :C, :C]
+  found = far + near.reshape(far.shape)  # with the heads of the decay, if q and k have one
+  return found.reshape(*found.shape[:-3], P * SUB, P * SUB)[..., :C, :C]

@@ -45,8 +45,8 @@ def over(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
     >>> with over(make_mesh(seq=8)):                          # doctest: +SKIP
     ...   logits = jax.jit(model)(ids)
   """
-  if not shared(mesh):
-    return contextlib.nullcontext()
+  if not shared(mesh) and (mesh.size == 1 or jax.default_backend() != "tpu"):
+    return contextlib.nullcontext()  # XLA splits rows by itself, but no kernel for TPUs
   table: dict[Any, Callable] = {attend_partial: functools.partial(attention, mesh)}
   for function, how in RECURRENCES.items():
     table[function] = functools.partial(recurrence, mesh, function, how)
