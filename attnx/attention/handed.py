@@ -28,10 +28,13 @@ class Operand(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-  """Where an array was: its operands by number, and what a part makes of their tiles."""
+  """Where an array was: its operands by number, and what a part makes of their tiles.
+
+  No `wrap`: it was a `Table`.
+  """
 
   numbers: tuple[int, ...]
-  wrap: Callable[..., Any]
+  wrap: Callable[..., Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ def hand_over(spec: AttentionSpec, q: jax.Array, q_tokens: Tokens, k_tokens: Tok
   """
   operands: list[Operand] = []
 
-  def add(array: jax.Array, wrap: Callable, pairs: bool = False) -> Slot:
+  def add(array: jax.Array, wrap: Callable | None, pairs: bool = False) -> Slot:
     operands.append(Operand(array, pairs))
     return Slot((len(operands) - 1,), wrap)
 
@@ -83,17 +86,19 @@ def hand_over(spec: AttentionSpec, q: jax.Array, q_tokens: Tokens, k_tokens: Tok
 
   def part(x: Any) -> Any:
     if isinstance(x, Table):
-      return add(x.rows, None, pairs=False)
+      return add(x.rows, None)
     if isinstance(x, Dropout):
       words = [jnp.reshape(w, (1, 1, 1, 1)).astype(jnp.int32) for w in random.words(x.key)]
-      slots = [add(w, None).numbers[0] for w in words]
+      numbers = [number for w in words for number in add(w, None).numbers]
       unsigned = lambda *tiles: tuple(tile.astype(jnp.uint32) for tile in tiles)
-      return dataclasses.replace(x, key=Slot(tuple(slots), unsigned))
+      key: Any = Slot(tuple(numbers), unsigned)
+      return dataclasses.replace(x, key=key)
     if hasattr(x, "by_place"):
       if x.by_place is None:  # numbers of a larger call around arrays of that call
         return jax.tree.map(lambda y: part(y) if isinstance(y, Dropout) else leaf(y), x,
                             is_leaf=lambda y: isinstance(y, Dropout))  # fmt: skip
-      return jax.tree.structure(x).unflatten([by_place(x.by_place[1])])
+      _, structure = jax.tree.flatten(x)  # type: tuple[list, Any]
+      return structure.unflatten([by_place(x.by_place[1])])
     return leaf(x)
 
   doors = lambda x: isinstance(x, Table | Dropout) or hasattr(x, "by_place")

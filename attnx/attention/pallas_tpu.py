@@ -104,8 +104,8 @@ class _Run:
       q[:, :, : self.T], k, v, sides[0][..., : self.T], sides[1], rows, jnp.asarray(kinds[:, 0]),
       block_k=self.blocks.forward.k, **self.how,
     )  # fmt: skip
-    p = decode.combined(parts, self.how["algebra"])
-    p = Partial(p.out, p.mass, p.peak * self.unit, p.count)
+    seen = decode.combined(parts, self.how["algebra"])
+    p = Partial(seen.out, seen.mass, seen.peak * self.unit, seen.count)
     more = (0, q.shape[2] - self.T)
     return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), more] + [(0, 0)] * (x.ndim - 3)), p)
 
@@ -146,16 +146,15 @@ def _summed(grad: jax.Array, like: jax.Array) -> jax.Array:
   return grad.sum(axes, keepdims=True).astype(like.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Table(Table):
   """A `Table` in a kernel, its rows filled up to whole registers."""
 
-  def __init__(self, rows: jax.Array, size: int):
-    object.__setattr__(self, "rows", rows)
-    object.__setattr__(self, "filled", size)
+  length: int
 
   @property
   def size(self) -> int:
-    return self.filled
+    return self.length
 
   def at(self, index: jax.Array) -> jax.Array:
     lines = max(self.rows.shape[0], index.shape[0])
@@ -199,10 +198,11 @@ def algebra(
   if soft and jnp.dtype(dtype).itemsize < 4:
     between = score if spec.transforms else None
     return softmax(factor, score=between, visible=visible, edit=edit, turns=one)
-  has_peak = normaliser.height(jnp.zeros((1, 1))) is not None
+  height: Any = normaliser.height
+  has_peak = height(jnp.zeros((1, 1))) is not None
   return Algebra(
     lambda products, facts: score(products * factor, facts), visible, normaliser.weigh, edit,
-    height=normaliser.height if has_peak else None, signed=not soft, turns=one,
+    height=height if has_peak else None, signed=not soft, turns=one,
   )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx.core import struct
-from attnx.core.lookup import Table
 
 
 @struct.dataclass
@@ -27,7 +26,7 @@ class Tokens:
     segment: document id, for rows that pack several documents.
     batch: row of the batch; set by `rows`.
     head: query head; set by `rows`.
-    table: what a transform prepared for each query or head; set by `AttentionSpec.score`.
+    table: the `Table` of the transform that is called; set by `AttentionSpec.score`.
   """
 
   index: jax.Array
@@ -35,7 +34,7 @@ class Tokens:
   segment: jax.Array
   batch: jax.Array | None = None
   head: jax.Array | None = None
-  table: Table | None = None
+  table: Any = None
 
   @classmethod
   def of_length(cls, length: int, *, offset: jax.Array | int = 0) -> Tokens:

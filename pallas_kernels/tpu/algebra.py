@@ -22,7 +22,7 @@ FLOOR = float(jnp.finfo(jnp.float32).min)
 class Side(NamedTuple):
   """Facts about the tokens of one side of a tile, int32 each: (Q, 1) or (1, K), or turned."""
 
-  index: jax.Array
+  index: jax.Array  # type: ignore[assignment]  # hides the method of tuples, as it should
   position: jax.Array
   segment: jax.Array
 
@@ -39,8 +39,8 @@ class Facts(NamedTuple):
 
   q: Side
   k: Side
-  batch: jax.Array
-  head: jax.Array
+  batch: Any
+  head: Any
   operands: tuple[jax.Array, ...] = ()
   turned: bool = False
 

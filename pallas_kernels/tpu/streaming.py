@@ -405,7 +405,7 @@ def gradient_of_pairs(
         *_, (pair,) = pull(dot(q_ref[R], k_ref[C], (1, 1)), dot(grad_ref[R], v_ref[C], (1, 1)))
         out_ref[R if T > 1 else slice(None), C if S > 1 else slice(None)] += pair
 
-  block = tuple(1 if n == 1 else cut for n, cut in ((T, blocks.q), (S, blocks.k)))
+  block: Any = tuple(1 if n == 1 else cut for n, cut in ((T, blocks.q), (S, blocks.k)))
   out_spec = block_of(
     (None, None, *block),
     lambda p: tuple(0 if n == 1 else i for n, i in zip(of.shape, p)), where,

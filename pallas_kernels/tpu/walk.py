@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -92,7 +93,8 @@ def visits(kinds: Any, *, by_key: bool = False) -> Visits:
   last = xp.concatenate([changes, edge]) | (xp.arange(order.size) == count - 1)
   flags = kinds.reshape(-1)[order] + FIRST * first + LAST * last
   lists = (line // lines, line % lines, order % length, flags)
-  return Visits(*(x.astype(np.int32) for x in lists), count, B == 1)
+  batch, line, at, flags = (x.astype(np.int32) for x in lists)
+  return Visits(batch, line, at, flags, count, B == 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +136,15 @@ class Place(NamedTuple):
   j: Any
 
 
-def block_of(shape: tuple[int, ...], at: Callable[[Place], tuple], where: Callable) -> pl.BlockSpec:
+def block_of(
+  shape: tuple[Any, ...], at: Callable[[Place], tuple], where: Callable
+) -> pl.BlockSpec:
   """A block of an array (B, N, L, X) or (B, C, L), its leading axes squeezed."""
   return pl.BlockSpec(shape, lambda *grid: at(where(*grid)))
 
 
 def inputs_of(call: Call, blocks: Blocks, where: Callable, operands, kinds_of: Sequence[Operand]):
-  """Block specs of both sides, the operands, queries, keys and values, in this order."""
+  """Block specs of the operands, and functions of a width that give those of rows and columns."""
   bq, bk, group = blocks.q, blocks.k, call.N // call.K
   row = lambda width: block_of((None, None, bq, width), lambda p: (p.b, p.n, p.i, 0), where)
   column = lambda width: block_of(
@@ -149,7 +153,7 @@ def inputs_of(call: Call, blocks: Blocks, where: Callable, operands, kinds_of: S
 
   def operand(x, kind: Operand):
     sizes = (bq, bk) if kind.pairs else (bq, x.shape[3])
-    block = tuple(1 if n == 1 else size for n, size in zip(x.shape[2:], sizes))
+    block: Any = tuple(1 if n == 1 else size for n, size in zip(x.shape[2:], sizes))
 
     def at(p: Place):
       index = (p.b, p.n, p.i, p.j if kind.pairs else 0)
@@ -244,7 +248,9 @@ def wide(statistic: jax.Array, width: int) -> jax.Array:
 
 def lanes(x: jax.Array) -> jax.Array:
   """(rows, columns) summed to (rows, 128): the lanes are summed once, at the end of a row."""
-  return sum(x[:, c : c + LANES] for c in range(0, x.shape[1], LANES))
+  return functools.reduce(
+    jnp.add, [x[:, c : c + LANES] for c in range(0, x.shape[1], LANES)]
+  )
 
 
 def by_kind(flags, body: Callable[[bool], None], whole: bool, some: bool) -> None:

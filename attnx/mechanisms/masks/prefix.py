@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +48,13 @@ class Prefixes(Mask):
 
   needs: ClassVar[frozenset[str]] = frozenset({"index"})
 
-  lengths: jax.Array | Tile
+  lengths: Any  # an array; a Tile in kernels
 
   def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
     return (k.position <= q.position) | (k.position < pick(self.by_place[1], q, k))
 
   @property
-  def by_place(self) -> tuple[str, jax.Array | Tile]:
+  def by_place(self) -> tuple[str, Any]:
     """The array that is indexed by place, for `attend` to check."""
     tiled = isinstance(self.lengths, Tile)
     return "prefix", self.lengths if tiled else jnp.reshape(self.lengths, (-1, 1, 1, 1))

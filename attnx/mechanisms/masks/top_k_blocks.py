@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ class SelectedBlocks(Mask):
 
   needs: ClassVar[frozenset[str]] = frozenset({"index"})
 
-  selected: jax.Array | Table
+  selected: Any  # an array; a Table once it lies beside queries
   q_block: int = struct.static()
   k_block: int = struct.static()
 
