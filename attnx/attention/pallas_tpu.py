@@ -24,7 +24,7 @@ from pallas_kernels.blocks import Chosen, choose
 from pallas_kernels.tpu import decode, lookup, streaming
 from pallas_kernels.tpu.algebra import FLOOR, Algebra, Facts, Side, softmax
 
-LIST = 2**17  # tiles of a plan that scalar memory holds
+LIST = 60_000  # tiles of a plan that the scalar memory of a chip holds, 1 MiB
 FEW = 16  # queries that are decoding and not training
 
 
@@ -223,9 +223,11 @@ def unfit(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> str 
   if spec.readouts:
     names = ", ".join(type(readout).__name__ for readout in spec.readouts)
     return f"reads values alone, and {names} besides"
-  tiles = -(-q.shape[1] // 512) * -(-k.shape[1] // 1024) * q.shape[0]
-  if tiles > LIST:
-    return f"lists up to {LIST} tiles of 512 x 1024, got {tiles}: split the keys or the batch"
+  (B, T, _, H), (S, V) = q.shape, v.shape[1::2]
+  cut = choose(T, S, H, V, q.dtype).forward
+  if (tiles := B * -(-T // cut.q) * -(-S // cut.k)) > LIST:
+    size = f"{cut.q} x {cut.k}"
+    return f"lists up to {LIST} tiles of {size}, got {tiles}: split tokens or rows over devices"
   try:
     jaxpr = jax.make_jaxpr(functools.partial(_tile, spec, q.shape, k.shape, q.dtype))()
   except (TypeError, ValueError, NotImplementedError, IndexError) as error:

@@ -1,5 +1,7 @@
 """Relative attention of the Music Transformer."""
 
+import dataclasses
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from specs import H, K, N, inputs
 
 from attnx.attention import AttentionSpec, attend, masks
 from attnx.core import registry
+from attnx.core.lookup import Table
 from attnx.core.tokens import Tokens
 from attnx.mechanisms.transforms.music_relative import MusicRelative
 from attnx.mechanisms.transforms.shaw import RelativeKeys
@@ -65,8 +68,7 @@ def test_both_directions_have_a_row_each():
   rows = jnp.arange(5.0)[:, None] * jnp.ones(H)
   both = MusicRelative(rows, bidirectional=True)  # M = 3
   where, one = Tokens.of_length(9), Tokens.of_length(1, offset=4).rows(1, 1)
-  of = jax.tree.map(lambda x: x, one)
-  of = type(of)(of.index, of.position, of.segment, of.batch, of.head, both.table(q).swapaxes(1, 2))
+  of = dataclasses.replace(one, table=Table(both.table(q).swapaxes(1, 2)))
   scores = both(jnp.zeros((1, 1, 1, 9)), of, where.columns())[0, 0, 0]
   np.testing.assert_array_equal(scores, [0, 0, 0, 1, 2, 3, 4, 0, 0])
 
