@@ -93,6 +93,12 @@ def in_pieces(spec: AttentionSpec, qkv, q_tokens: Tokens, k_tokens: Tokens, cuts
   return out, grads
 
 
+def edited(transform, scores, q: Tokens, k: Tokens):
+  """Scores (B, N, T, S) after a transform that does not look at queries."""
+  spec = AttentionSpec(transforms=(transform,))
+  return spec.score(scores, q, k, spec.tables(jnp.zeros((1, scores.shape[2], scores.shape[1], 1))))
+
+
 def wide(tree):
   """Floating leaves in float64; call it with x64 enabled."""
   return jax.tree.map(lambda x: jnp.asarray(x, jnp.float64) if floating(x) else x, tree)

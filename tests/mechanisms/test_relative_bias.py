@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from specs import inputs
+from specs import edited, inputs
 
 from attnx.attention import AttentionSpec, attend
 from attnx.attention.transforms import Add
@@ -24,7 +24,7 @@ def test_the_first_row_is_the_query_looking_farthest_back():
   bias = build(6)
   assert bias.bias.shape == (11, N) and 0.01 < bias.bias.std() < 0.03
   where = Tokens.of_length(6)
-  scores = bias(jnp.zeros((1, N, 6, 6)), where.rows(1, N), where.columns())
+  scores = edited(bias, jnp.zeros((1, N, 6, 6)), where.rows(1, N), where.columns())
   for t, s in np.ndindex(6, 6):
     np.testing.assert_array_equal(scores[0, :, t, s], bias.bias[5 + s - t])
 
@@ -41,7 +41,7 @@ def test_attention_adds_the_toeplitz_matrix_of_the_table():
 
 def test_beyond_the_table_the_last_number_holds():
   bias, where = build(3), Tokens.of_length(9)
-  scores = bias(jnp.zeros((1, N, 9, 9)), where.rows(1, N), where.columns())[0]
+  scores = edited(bias, jnp.zeros((1, N, 9, 9)), where.rows(1, N), where.columns())[0]
   np.testing.assert_array_equal(scores[:, 8, 0], bias.bias[0])
   np.testing.assert_array_equal(scores[:, 0, 8], bias.bias[4])
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from specs import inputs
+from specs import edited, inputs
 
 from attnx.attention import AttentionSpec, attend
 from attnx.attention.transforms import Add
@@ -50,7 +50,7 @@ def test_beyond_the_longest_distance_all_keys_share_a_bucket():
   bias = registry.build("transforms", "t5_bias", num_heads=N, rngs=nnx.Rngs(0))
   assert bias.bias.shape == (32, N) and bias.bias.dtype == jnp.float32
   q, k = Tokens.of_length(1, offset=400).rows(1, N), Tokens.of_length(401).columns()
-  scores = bias(jnp.zeros((1, N, 1, 401)), q, k)[0, :, 0]
+  scores = edited(bias, jnp.zeros((1, N, 1, 401)), q, k)[0, :, 0]
   np.testing.assert_array_equal(scores[:, :300], np.tile(bias.bias[15][:, None], 300))
   np.testing.assert_array_equal(scores[:, 400], bias.bias[0])
 
