@@ -51,13 +51,13 @@ def partial(
     interpret: emulate on CPU, for tests: True, or `pltpu.InterpretParams`.
   """
   (_, T, _, H), (S, V) = q.shape, (v.shape[1], v.shape[3])
-  blocks = choose(T, S, H, V, q.dtype) if blocks is None else blocks
+  handed = hand_over(spec, q, q_tokens, k_tokens)
+  blocks = beside(choose(T, S, H, V, q.dtype), handed) if blocks is None else blocks
   sizes = blocks.forward.q, blocks.forward.k
   rows, columns = (-(-n // size) * size for n, size in zip((T, S), sizes, strict=True))
   kinds = plans.rows(
     spec.mask, plans.pad(q_tokens, rows), plans.pad(k_tokens, columns), *sizes
   ).kinds()
-  handed = hand_over(spec, q, q_tokens, k_tokens)
   exist = rows == T and columns == S and all(map(_exist, (q_tokens, k_tokens)))
   run = _Run(algebra(spec, handed, H, q.dtype, exist), handed, blocks, interpret, kinds, T)
   heads = lambda x, length: jnp.swapaxes(
@@ -72,10 +72,26 @@ def partial(
   return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2)[:, :T], p)
 
 
+def beside(blocks: Chosen, handed: Handed) -> Chosen:
+  """Smaller blocks where tables are looked up in: their rows are wide, and look-ups take memory.
+
+  A block has as many queries as have rows within 1 MiB, and pieces of 128 x 256.
+  """
+  tables = [x for x, pairs in handed.operands if not pairs and x.shape[3] > 1]
+  if not tables:
+    return blocks
+  width = max(1, sum(x.shape[3] for x in tables if x.shape[2] > 1))
+  q = min(blocks.forward.q, max(128, 2**20 // (4 * width) // 128 * 128))
+  columns = lambda b: 256 if b.k % 256 == 0 else 128
+  return Chosen(*(dataclasses.replace(b, q=q, rows=128, columns=columns(b)) for b in blocks))
+
+
 def summary(spec: AttentionSpec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> plans.Summary:
   """The plan that the forward kernel follows for a call; arrays may be shapes only."""
   (T, H), (S, V) = q.shape[1::2], v.shape[1::2]
-  blocks = choose(T, S, H, V, q.dtype).forward
+  found: list[Handed] = []
+  jax.eval_shape(lambda q: found.append(hand_over(spec, q, q_tokens, k_tokens)), q)
+  blocks = beside(choose(T, S, H, V, q.dtype), *found).forward
   outcome = plans.outcome(spec.mask, q_tokens, k_tokens, blocks.q, blocks.k)
   pieces = f"{blocks.rows} x {blocks.columns}, {blocks.ahead} ahead"
   return dataclasses.replace(outcome, pieces=pieces)
