@@ -22,6 +22,7 @@ CHIPS = {  # what JAX calls a device
   "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x", "TPU v7x": "tpu7x",
 }  # fmt: skip
 LANES = 128
+PAIRS = 2**19  # in a tile of all arrays of pairs together, so that they and a gradient fit
 
 
 class Chosen(NamedTuple):
@@ -37,33 +38,62 @@ def present() -> str:
   return CHIPS.get(jax.devices()[0].device_kind, "v5e")
 
 
-def choose(T: int, S: int, H: int, V: int, dtype: Any, chip: str | None = None) -> Chosen:
+def choose(
+  T: int, S: int, H: int, V: int, dtype: Any, chip: str | None = None, *, pairs: int = 0
+) -> Chosen:
   """How the kernels cut T queries and S keys of widths H and V.
 
-  The nearest shape of the table, by widths in whole registers, cut down to lengths that are shorter
-  than its tiles or would be padded by more than an eighth.
+  The tiles of the nearest shape of the table, or smaller ones of even size where they would stand
+  out: 600 queries in tiles of 512 become two of 384.
+
+  Args:
+    T, S, H, V: the sizes of q and of k and v.
+    dtype: of the arrays; one of the table of as many bytes stands for it.
+    chip: the name of a table; that of the TPU at hand if None.
+    pairs: how many arrays of pairs stand beside q, k and v; their tiles share fast memory.
+
+  Raises:
+    ValueError: the chip has no table.
   """
-  entries = table(present() if chip is None else chip)
-  width = lambda n: -(-n // LANES)
-  size = jnp.dtype(dtype).itemsize
-  distance = lambda e: (
-    e["bytes"] != size, abs(width(e["H"]) - width(H)) + abs(width(e["V"]) - width(V))
-  )
-  best = min(entries, key=distance)
-  q, k = (fitting(n, best[side]) for n, side in ((T, "q"), (S, "k")))
+  best = nearest(table(present() if chip is None else chip), H, V, jnp.dtype(dtype).itemsize)
+  q, k = (fitting(n, block) for n, block in zip((T, S), shared(best["q"], best["k"], pairs)))
   return Chosen(*(cut(q, k, best[name]) for name in Chosen._fields))
 
 
+def nearest(entries: list[dict[str, Any]], H: int, V: int, size: int) -> dict[str, Any]:
+  """The entry of the nearest widths, in whole registers first, among those of the dtype's bytes."""
+  registers = lambda n: -(-n // LANES)
+
+  def distance(entry: dict[str, Any]):
+    pairs = ((entry["H"], H), (entry["V"], V))
+    apart = lambda measure: sum(abs(measure(a) - measure(b)) for a, b in pairs)
+    return jnp.dtype(entry["dtype"]).itemsize != size, apart(registers), apart(int)
+
+  return min(entries, key=distance)
+
+
+def shared(q: int, k: int, pairs: int) -> tuple[int, int]:
+  """Sizes of a tile, of which the longer is halved until so many arrays of pairs fit."""
+  while q * k * pairs > PAIRS and max(q, k) > LANES:
+    q, k = (q // 2, k) if q > k else (q, k // 2)
+  return q, k
+
+
 def fitting(length: int, block: int) -> int:
-  """The largest block that pads a length by at most an eighth, or 128."""
-  while block > LANES and (-length % block) * 8 > length:
-    block //= 2
-  return block
+  """Tiles of one size that cover a length, no more of them than of `block`, and no longer ones."""
+  count = -(-length // block)
+  return -(-length // (count * LANES)) * LANES
 
 
-def cut(q: int, k: int, pieces: dict[str, int]) -> Blocks:
+def dividing(size: int, piece: int) -> int:
+  """The piece of whole registers that divides a size and is nearest to `piece`, by their ratio."""
+  divisors = [n for n in range(LANES, size + 1, LANES) if size % n == 0]
+  return min(divisors, key=lambda n: max(n, piece) / min(n, piece))
+
+
+def cut(q: int, k: int, pieces: dict[str, Any]) -> Blocks:
   """Blocks of these sizes with pieces that divide them."""
-  rows, columns = min(q, pieces["rows"]), min(k, pieces["columns"])
+  rows, columns = dividing(q, pieces["rows"]), dividing(k, pieces["columns"])
   return Blocks(q, k, rows, columns, pieces["ahead"])
 
 

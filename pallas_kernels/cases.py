@@ -34,8 +34,8 @@ def case(name: str) -> Callable[[Case], Case]:
   return register
 
 
-def attention(kernel: str, H: int, V: int, options: dict[str, Any], **edits: Any):
-  """A streaming kernel with softmax: 8 heads, T = S = 4096, bfloat16, blocks by options."""
+def attention(kernel: str, H: int, V: int, dtype: str, options: dict[str, Any], **edits: Any):
+  """A streaming kernel with softmax: 8 heads, T = S = 4096, blocks by options."""
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -46,7 +46,7 @@ def attention(kernel: str, H: int, V: int, options: dict[str, Any], **edits: Any
 
   blocks, T, N = Blocks(**options), 4096, 8
   kinds = np.full((1, T // blocks.q, T // blocks.k), FULL, np.int32)
-  shape = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+  shape = lambda *shape, dtype=jnp.dtype(dtype): jax.ShapeDtypeStruct(shape, dtype)
   side = shape(1, 3, T, dtype=jnp.int32)
   shapes = [shape(1, N, T, H), shape(1, N, T, H), shape(1, N, T, V), side, side]
   if kernel != "forward":
@@ -60,15 +60,15 @@ def attention(kernel: str, H: int, V: int, options: dict[str, Any], **edits: Any
 
 
 @case("streaming.softmax.forward")
-def streaming_forward(H: int = 128, V: int = 128, **blocks):
-  return attention("forward", H, V, blocks)
+def streaming_forward(H: int = 128, V: int = 128, dtype: str = "bfloat16", **blocks):
+  return attention("forward", H, V, dtype, blocks)
 
 
 @case("streaming.softmax.queries")
-def streaming_queries(H: int = 128, V: int = 128, **blocks):
-  return attention("gradient_of_queries", H, V, blocks)
+def streaming_queries(H: int = 128, V: int = 128, dtype: str = "bfloat16", **blocks):
+  return attention("gradient_of_queries", H, V, dtype, blocks)
 
 
 @case("streaming.softmax.keys")
-def streaming_keys(H: int = 128, V: int = 128, **blocks):
-  return attention("gradient_of_keys", H, V, blocks)
+def streaming_keys(H: int = 128, V: int = 128, dtype: str = "bfloat16", **blocks):
+  return attention("gradient_of_keys", H, V, dtype, blocks)

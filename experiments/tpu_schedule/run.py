@@ -3,14 +3,17 @@
 pip install -e '.[tpu]' tokamax && python -m experiments.tpu_schedule.run
 
 Figures that results.json holds are not measured again: remove the file, or the rows, to do so.
+Those of attnx are, once the tables of blocks say something else.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from importlib import metadata
 import itertools
 import json
+import math
 import pathlib
 import re
 import tempfile
@@ -22,10 +25,11 @@ from rich import progress
 
 from experiments import measure
 from experiments.tpu_schedule import cases
-from pallas_kernels import aot
+from pallas_kernels import aot, blocks as tables
 
 HERE = pathlib.Path(__file__).parent
 SERIES: dict[str, tuple[str, dict[str, Any]]] = {  # a function of cases.py, and its options
+  "attnx": ("attnx", {}),
   "splash": ("splash", {}),
   "tokamax": ("tokamax", {}),
   "tokamax, scheduler": ("tokamax", dict(use_experimental_scheduler=True)),
@@ -46,6 +50,13 @@ ROWS = {"f32": 8, "bf16": 16}
 ROWS_PER_PRODUCT = dict(v5e=2048, v5p=2048, v6e=1024, tpu7x=1024)
 PEAK_PER_PRODUCT = dict(v5e=512, v5p=512, v6e=256, tpu7x=256)
 PRODUCTS = dict(forward=2, dq=3, dkv=4, fused=5)
+OURS = dict(forward=0, dq=1, dkv=2)  # the place of a kernel in `tables.Chosen`
+MASKED = ("causal", "local", "segments")  # masks that leave some tiles crossed
+LONG, LONG_CHIP = 2**15, "v6e"  # where memory is read
+MEMORY = [
+  ("attnx", "backward"), ("splash", "backward"), ("splash", "fused_backward"),
+  ("tokamax", "fused_backward"),
+]  # fmt: skip
 
 
 def which(name: str, direction: str) -> str | None:
@@ -54,13 +65,27 @@ def which(name: str, direction: str) -> str | None:
     return "forward"
   if "fwd" in name or "forward" in name:
     return None
-  return "fused" if direction == "fused_backward" else "dkv" if "dkv" in name else "dq"
+  if direction == "fused_backward":
+    return "fused"
+  return "dkv" if "dkv" in name or "keys" in name else "dq"
+
+
+def own_blocks(chip: str, length: int = cases.T) -> list[list[int]]:
+  """q, k, rows, columns and ahead of attnx's kernels, as the table says."""
+  chosen = tables.choose(length, length, cases.H, cases.H, "bfloat16", chip)
+  return [list(dataclasses.astuple(cut)) for cut in chosen]
 
 
 def settings(series: str, chips: list[str]) -> list[dict[str, Any]]:
-  """All block sizes with the full mask; the other masks with one."""
+  """All block sizes with the full mask and the other masks with one; attnx's as its tables say."""
+  if series == "attnx":
+    return [
+      dict(series=series, chip=chip, direction=direction, mask=mask, blocks=own_blocks(chip))
+      for chip, direction, mask in itertools.product(chips, ("forward", "backward"), cases.MASKS)
+    ]
+  peers = [mask for mask in cases.MASKS if mask not in ("full", "alibi")]  # they have no ALiBi
   plans = [("forward", "full", blocks) for blocks in BLOCKS["forward"]]
-  plans += [("forward", mask, (512, 1024, 512)) for mask in cases.MASKS if mask != "full"]
+  plans += [("forward", mask, (512, 1024, 512)) for mask in peers]
   directions = ["backward", "fused_backward"]
   if "tokamax" in series:  # it has the fused kernel only, where its scheduler changes nothing
     directions = ["fused_backward"] if series == "tokamax" else []
@@ -77,6 +102,10 @@ def target(setting: dict[str, Any]) -> str:
   """The case as `python -m pallas_kernels.aot` takes it."""
   function, options = SERIES[setting["series"]]
   blocks = dict(zip(("block_q", "block_kv", "block_kv_compute"), setting["blocks"]))
+  if function == "attnx":
+    blocks = dict(blocks=setting["blocks"])
+  if "length" in setting:
+    blocks |= dict(length=setting["length"])
   options = dict(direction=setting["direction"], mask=setting["mask"]) | blocks | options
   arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
   return f"experiments.tpu_schedule.cases:{function}({arguments})"
@@ -112,24 +141,52 @@ def rows_of(setting: dict[str, Any], report: dict[str, Any]) -> list[dict[str, A
   return found
 
 
-def sweep(todo: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+def memory_of(setting: dict[str, Any], report: dict[str, Any]) -> list[dict[str, Any]]:
+  """Bytes of a program of both passes, beside its arguments and results."""
+  sizes = ("argument_bytes", "output_bytes", "temp_bytes", "error")
+  return [setting | {name: report[name] for name in sizes if name in report}]
+
+
+def memory_settings() -> list[dict[str, Any]]:
+  blocks: dict[str, Any] = dict(attnx=own_blocks(LONG_CHIP, LONG))
+  return [
+    dict(series=series, chip=LONG_CHIP, direction=direction, mask=mask, length=LONG)
+    | dict(blocks=blocks.get(series, [512, 1024, 512]))
+    for (series, direction), mask in itertools.product(MEMORY, ("full", "causal"))
+  ]  # fmt: skip
+
+
+def key(setting: dict[str, Any]) -> str:
+  return target(setting) + setting["chip"]
+
+
+def sweep(todo: list[dict[str, Any]], found: dict[str, Any]) -> None:
   """Measures what is missing, and saves after each, since a sweep takes long."""
   with tempfile.TemporaryDirectory() as scratch:
     for n, setting in enumerate(progress.track(todo, f"{len(todo)} programs")):
       report = aot.measure(target(setting), setting["chip"], pathlib.Path(scratch, str(n)))
-      rows += rows_of(setting, report)
-      save(rows)
+      kind, read = ("memory", memory_of) if "length" in setting else ("rows", rows_of)
+      found[kind] += read(setting, report)
+      save(found)
 
 
-def results(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def kept(planned: list[dict[str, Any]]) -> dict[str, Any]:
+  """What results.json holds, but for attnx at blocks that are its own no longer."""
+  path = HERE / "results.json"
+  found = json.loads(path.read_text()) if path.exists() else {}
+  own = {key(setting) for setting in planned if setting["series"] == "attnx"}
+  stays = lambda row: row["series"] != "attnx" or key(row) in own
+  return {kind: list(filter(stays, found.get(kind, []))) for kind in ("rows", "memory")}
+
+
+def results(found: dict[str, Any]) -> dict[str, Any]:
   """With the releases that they hold for."""
-  packages = ("libtpu", "tokamax")
-  versions = {name: metadata.version(name) for name in packages}
-  return dict(machine=measure.machine(**versions), rows=rows)
+  versions = {name: metadata.version(name) for name in ("libtpu", "tokamax")}
+  return dict(machine=measure.machine(**versions)) | found
 
 
-def save(rows: list[dict[str, Any]]) -> None:
-  (HERE / "results.json").write_text(json.dumps(results(rows), indent=1) + "\n")
+def save(found: dict[str, Any]) -> None:
+  (HERE / "results.json").write_text(json.dumps(results(found), indent=1) + "\n")
 
 
 def best(rows: list[dict[str, Any]], kernel: str, mask: str, chip: str) -> list[dict[str, Any]]:
@@ -141,21 +198,95 @@ def best(rows: list[dict[str, Any]], kernel: str, mask: str, chip: str) -> list[
   return [by_series[series] for series in SERIES if series in by_series]
 
 
+def bodies(row: dict[str, Any]) -> tuple[float, float | None]:
+  """Bundles per tile of a tile that no mask crosses, and of one that a mask does, where any is.
+
+  A kernel with one body spends the same on both.
+  """
+  spent = [body["bundles"] for body in row["bodies"]]
+  return min(spent), max(spent) if row["mask"] in MASKED else None
+
+
+def number(x: float | None, digits: int = 0) -> str:
+  return "-" if x is None else f"{x:.{digits}f}"
+
+
+def cut(row: dict[str, Any]) -> str:
+  """The blocks of a row: attnx's q/k/rows/columns+ahead, others' q/kv/kv at once."""
+  if row["series"] != "attnx":
+    return "/".join(map(str, row["blocks"]))
+  *sizes, ahead = row["blocks"][OURS[row["kernel"]]]
+  return f"{'/'.join(map(str, sizes))}+{ahead}"
+
+
 def table(rows: list[dict[str, Any]], chips: list[str]) -> list[list[str]]:
   """The best blocks of each series, kernel, mask and chip."""
-  head = "kernel, mask, chip, series, blocks, bundles/tile, hot, peak, MXU, VALU, spills/tile, VMEM"
+  head = "kernel, mask, chip, series, blocks, full, partial, hot, peak, MXU, VALU, spills, VMEM"
   lines = [head.split(", ")]
   for kernel, mask, chip in itertools.product(PRODUCTS, cases.MASKS, chips):
     for row in best(rows, kernel, mask, chip):
-      blocks = "/".join(map(str, row["blocks"]))
       peak = PRODUCTS[kernel] * PEAK_PER_PRODUCT[chip]
+      full, partial = bodies(row)
       share = row["share"]
       lines.append([
-        kernel, mask, chip, row["series"], blocks, f"{row['bundles']:.0f}", f"{row['hot']:.0f}",
-        str(peak), f"{share['MXU']:.2f}", f"{share['VALU']:.2f}", f"{row['spills']:.0f}",
-        aot.size(row["vmem"]),
+        kernel, mask, chip, row["series"], cut(row), number(full), number(partial),
+        number(row["hot"]), str(peak), number(share["MXU"], 2), number(share["VALU"], 2),
+        number(row["spills"]), aot.size(row["vmem"]),
       ])  # fmt: skip
   return lines
+
+
+def bars(rows: list[dict[str, Any]], chips: list[str]) -> list[list[str]]:
+  """attnx beside the best of the others: bundles of either body, share of the MXU, spills."""
+  lines = ["kernel, mask, chip, full, partial, MXU, spills".split(", ")]
+  for kernel, mask, chip in itertools.product(OURS, cases.MASKS, chips):
+    found = best(rows, kernel, mask, chip)
+    if len(found) < 2 or found[0]["series"] != "attnx":
+      continue
+    full, partial = zip(*map(bodies, found))
+    share = [row["share"]["MXU"] for row in found]
+    spills = [row["spills"] for row in found]
+    against = lambda own, other, digits=0: f"{own:.{digits}f} : {other:.{digits}f}"
+    lines.append([
+      kernel, mask, chip, against(full[0], min(full[1:])),
+      against(partial[0], min(partial[1:])) if mask in MASKED else "-",
+      against(share[0], max(share[1:]), 2), against(spills[0], min(spills[1:])),
+    ])  # fmt: skip
+  return lines
+
+
+def whole_backward(rows: list[dict[str, Any]], chips: list[str]) -> list[list[str]]:
+  """Bundles that a whole backward pass spends on a tile: two kernels, or the fused one."""
+  lines = ["chip, attnx dq + dkv, splash dq + dkv, splash fused, tokamax fused".split(", ")]
+  for chip in chips:
+    spent: dict[tuple[str, str], float] = {
+      (kernel, row["series"]): bodies(row)[0]
+      for kernel in PRODUCTS for row in best(rows, kernel, "full", chip)
+    }  # fmt: skip
+    nothing = float("nan")
+    of = lambda kernel, series: spent.get((kernel, series), nothing)
+    sums = [of("dq", series) + of("dkv", series) for series in ("attnx", "splash")]
+    fused = [of("fused", series) for series in ("splash", "tokamax")]
+    lines.append([chip, *(number(None if math.isnan(x) else x) for x in (*sums, *fused))])
+  return lines
+
+
+def memory_table(memory: list[dict[str, Any]]) -> list[list[str]]:
+  lines = ["series, backward pass, mask, arguments, results, temporary".split(", ")]
+  for row in memory:
+    if "error" not in row:
+      sizes = (row[f"{name}_bytes"] for name in ("argument", "output", "temp"))
+      kind = "fused" if row["direction"] == "fused_backward" else "two kernels"
+      lines.append([row["series"], kind, row["mask"], *map(aot.size, sizes)])
+  return lines
+
+
+def insert(mark: str, lines: list[list[str]]) -> None:
+  """A table between the marks of that name in README.md."""
+  head, *body = lines
+  text = "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *body])
+  readme, marks = HERE / "README.md", re.compile(f"(<!-- {mark} -->\n).*(<!-- /{mark} -->)", re.S)
+  readme.write_text(marks.sub(rf"\1{text}\n\2", readme.read_text()))
 
 
 def draw(rows: list[dict[str, Any]], chips: list[str]) -> None:
@@ -189,15 +320,19 @@ def main() -> None:
   parser.add_argument("--series", nargs="+", default=list(SERIES), choices=SERIES)
   parser.add_argument("--only", default="", help="a regex of the cases to measure")
   options = parser.parse_args()
-  kept = HERE / "results.json"
-  rows = json.loads(kept.read_text())["rows"] if kept.exists() else []
-  done = {target(row) + row["chip"] for row in rows}
-  planned = [s for series in options.series for s in settings(series, options.chips.split(","))]
+  settings_of = lambda series: settings(series, options.chips.split(","))
+  planned = [setting for series in options.series for setting in settings_of(series)]
+  planned += [setting for setting in memory_settings() if setting["series"] in options.series]
+  found = kept(settings("attnx", list(aot.TOPOLOGIES)) + memory_settings())
+  done = {key(row) for rows in found.values() for row in rows}
   wanted = lambda case: case not in done and re.search(options.only, case)
-  todo = [setting for setting in planned if wanted(target(setting) + setting["chip"])]
-  sweep(todo, rows)
+  sweep([setting for setting in planned if wanted(key(setting))], found)
+  rows = found["rows"]
   chips = [chip for chip in aot.TOPOLOGIES if any(row["chip"] == chip for row in rows)]
-  measure.write(HERE, results(rows), table(rows, chips))
+  measure.write(HERE, results(found), table(rows, chips))
+  insert("bars", bars(rows, chips))
+  insert("backward", whole_backward(rows, chips))
+  insert("memory", memory_table(found["memory"]))
   draw(rows, chips)
 
 
