@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from specs import B, N, floating, inputs, instance, packed, wide
 from attnx.attention import (
   AttentionSpec, api, explain, masks, pallas_tpu, reference, transforms,
 )  # fmt: skip
+from attnx.attention.handed import hand_over
 from attnx.attention.partial import merge
 from attnx.core import registry
 from attnx.core.tokens import Tokens
@@ -303,3 +305,28 @@ def test_attention_over_a_mesh_of_tpus_runs_in_kernels(sizes, monkeypatch):
 def test_kernels_are_not_left_to_xla_to_split(monkeypatch):
   monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
   assert "shard_map" in pallas_tpu.refusal(*arguments(64, 64), AttentionSpec())
+
+
+def cuts(spec: AttentionSpec, length: int = 4096) -> Chosen:
+  """The blocks of a call of bfloat16 heads of 128, without its arrays."""
+  found: list[Chosen] = []
+  x = jax.ShapeDtypeStruct((1, length, 4, 128), jnp.bfloat16)
+  tokens = Tokens.of_length(length), Tokens.of_length(length)
+
+  def look(q, spec):
+    handed = hand_over(spec, q, *tokens)
+    found.append(pallas_tpu.cut(spec, q, q, *tokens, handed))
+
+  jax.eval_shape(look, x, spec)
+  return found[0]
+
+
+def test_blocks_are_smaller_where_a_mask_or_arrays_want_it():
+  full, window = (cuts(AttentionSpec(mask=m)) for m in (masks.Everything(), masks.Window(1023)))
+  assert full == cuts(AttentionSpec(mask=masks.Causal()))
+  assert window.forward.q < full.forward.q and window.forward.k >= 512
+  bias = transforms.Add(jax.ShapeDtypeStruct((1, 4, 4096, 4096), jnp.float32))
+  biased = cuts(AttentionSpec(transforms=(bias,)))
+  assert biased.queries.q * biased.queries.k <= 2**19
+  table = registry.build("transforms", "t5_bias", num_heads=4, rngs=nnx.Rngs(0))
+  assert cuts(AttentionSpec(transforms=(table,))).keys.rows == 128

@@ -20,9 +20,10 @@ from attnx.attention.spec import AttentionSpec
 from attnx.core.lookup import Table
 from attnx.core.tokens import Tokens
 from attnx.core.varying import alone
-from pallas_kernels.blocks import Chosen, choose
+from pallas_kernels.blocks import Chosen, choose, dividing
 from pallas_kernels.tpu import decode, lookup, streaming
 from pallas_kernels.tpu.algebra import FLOOR, Algebra, Facts, Side, softmax
+from pallas_kernels.tpu.walk import Blocks
 
 LIST = 60_000  # tiles of a plan that the scalar memory of a chip holds, 1 MiB
 FEW = 16  # queries that are decoding and not training
@@ -50,9 +51,9 @@ def partial(
     blocks: how the work is cut; by `pallas_kernels.blocks` if None.
     interpret: emulate on CPU, for tests: True, or `pltpu.InterpretParams`.
   """
-  (_, T, _, H), (S, V) = q.shape, (v.shape[1], v.shape[3])
+  T, H, S = q.shape[1], q.shape[3], k.shape[1]
   handed = hand_over(spec, q, q_tokens, k_tokens)
-  blocks = beside(choose(T, S, H, V, q.dtype), handed) if blocks is None else blocks
+  blocks = cut(spec, q, v, q_tokens, k_tokens, handed) if blocks is None else blocks
   sizes = blocks.forward.q, blocks.forward.k
   rows, columns = (-(-n // size) * size for n, size in zip((T, S), sizes, strict=True))
   kinds = plans.rows(
@@ -72,26 +73,37 @@ def partial(
   return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2)[:, :T], p)
 
 
-def beside(blocks: Chosen, handed: Handed) -> Chosen:
-  """Smaller blocks where tables are looked up in: their rows are wide, and look-ups take memory.
+def cut(spec: AttentionSpec, q, v, q_tokens, k_tokens, handed: Handed) -> Chosen:
+  """How the kernels cut a call: as the table of the chip says, and smaller where
 
-  A block has as many queries as have rows within 1 MiB, and pieces of 128 x 256.
+  a mask leaves much less to visit in tiles of half the size, down to 512; or tables are looked up
+  in, whose rows are wide: as many queries as have rows within 1 MiB, and pieces of 128 x 256.
   """
+  (T, H), (S, V) = q.shape[1::2], v.shape[1::2]
+  dense = sum(x.shape[2:] != (1, 1) for x, pairs in handed.operands if pairs)
+  blocks = choose(T, S, H, V, q.dtype, pairs=dense)
+  visited = lambda q, k: plans.outcome(spec.mask, q_tokens, k_tokens, q, k).pairs
+  q_size, k_size = blocks.forward.q, blocks.forward.k
+  while min(q_size, k_size) >= 1024 and q_size % 256 == k_size % 256 == 0 and (
+    visited(q_size // 2, k_size // 2) < 0.85 * visited(q_size, k_size)
+  ):
+    q_size, k_size = q_size // 2, k_size // 2
   tables = [x for x, pairs in handed.operands if not pairs and x.shape[3] > 1]
-  if not tables:
-    return blocks
-  width = max(1, sum(x.shape[3] for x in tables if x.shape[2] > 1))
-  q = min(blocks.forward.q, max(128, 2**20 // (4 * width) // 128 * 128))
-  columns = lambda b: 256 if b.k % 256 == 0 else 128
-  return Chosen(*(dataclasses.replace(b, q=q, rows=128, columns=columns(b)) for b in blocks))
+  width = sum(x.shape[3] for x in tables if x.shape[2] > 1)
+  q_size = min(q_size, max(128, 2**20 // (4 * max(width, 1)) // 128 * 128))
+  rows, columns = (128, 256) if tables else (q_size, k_size)
+  return Chosen(*(
+    Blocks(q_size, k_size, dividing(q_size, min(b.rows, rows)),
+           dividing(k_size, min(b.columns, columns)), b.ahead)
+    for b in blocks
+  ))  # fmt: skip
 
 
 def summary(spec: AttentionSpec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> plans.Summary:
   """The plan that the forward kernel follows for a call; arrays may be shapes only."""
-  (T, H), (S, V) = q.shape[1::2], v.shape[1::2]
   found: list[Handed] = []
   jax.eval_shape(lambda q: found.append(hand_over(spec, q, q_tokens, k_tokens)), q)
-  blocks = beside(choose(T, S, H, V, q.dtype), *found).forward
+  blocks = cut(spec, q, v, q_tokens, k_tokens, *found).forward
   outcome = plans.outcome(spec.mask, q_tokens, k_tokens, blocks.q, blocks.k)
   pieces = f"{blocks.rows} x {blocks.columns}, {blocks.ahead} ahead"
   return dataclasses.replace(outcome, pieces=pieces)
@@ -152,8 +164,7 @@ class _Run:
         moved.append(pairs(number=n).astype(x.dtype))
       else:
         moved.append(_summed(next(by_row), x))
-    grads = (g.astype(x.dtype) for g, x in ((dq, q), (dk, k), (dv, v)))
-    return (*grads, moved, None, None)
+    return dq, dk, dv, moved, None, None
 
 
 def _summed(grad: jax.Array, like: jax.Array) -> jax.Array:
@@ -240,9 +251,9 @@ def unfit(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> str 
     names = ", ".join(type(readout).__name__ for readout in spec.readouts)
     return f"reads values alone, and {names} besides"
   (B, T, _, H), (S, V) = q.shape, v.shape[1::2]
-  cut = choose(T, S, H, V, q.dtype).forward
-  if (tiles := B * -(-T // cut.q) * -(-S // cut.k)) > LIST:
-    size = f"{cut.q} x {cut.k}"
+  block = choose(T, S, H, V, q.dtype).forward
+  if (tiles := B * -(-T // block.q) * -(-S // block.k)) > LIST:
+    size = f"{block.q} x {block.k}"
     return f"lists up to {LIST} tiles of {size}, got {tiles}: split tokens or rows over devices"
   try:
     jaxpr = jax.make_jaxpr(functools.partial(_tile, spec, q.shape, k.shape, q.dtype))()

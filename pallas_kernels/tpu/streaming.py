@@ -23,6 +23,7 @@ from pallas_kernels.tpu.walk import (
   facts_of, inputs_of, lanes, occurring, run, sides_of, stand, upright, visits, wide,
 )  # fmt: skip
 
+F32 = jnp.float32
 MASS, PEAK, COUNT = range(3)  # rows of the statistics that `forward` returns
 ORIGIN, SLOPE = range(2)  # rows of what the backward kernels are told
 
@@ -103,7 +104,7 @@ def forward(
      row(call.H), column(call.H), column(call.V)],
     [row(call.V),
      block_of((None, None, SUBLANES, blocks.q), lambda p: (p.b, p.n, 0, p.i), where)],
-    [(call.B, call.N, call.T, call.V), (call.B, call.N, SUBLANES, call.T)],
+    [((call.B, call.N, call.T, call.V), F32), ((call.B, call.N, SUBLANES, call.T), F32)],
     [pltpu.VMEM((blocks.q, call.V), jnp.float32), *[statistic] * 3,
      upright(blocks.q), pltpu.SMEM((1,), jnp.int32)],
     (eight(q_side), eight(k_side), *operands, q, k, v),
@@ -182,7 +183,7 @@ def gradient_of_queries(
     grad: (B, N, T, V), the cotangent of out.
 
   Returns:
-    (B, N, T, H) float32, and for each such operand (#B, #N, #T, X) an array (B, N, T or
+    (B, N, T, H) in the dtype of q, and for each such operand (#B, #N, #T, X) an array (B, N, T or
     T / blocks.q, X) float32, to be summed where the operand has an axis of one.
   """
   call, plan = Call.of(q, k, v, blocks), visits(kinds)
@@ -223,7 +224,7 @@ def gradient_of_queries(
 
     @pl.when((flags[t] & LAST) > 0)
     def _():
-      dq_ref[...] = dq[...]
+      dq_ref[...] = dq[...].astype(dq_ref.dtype)
 
   told = pltpu.VMEM((blocks.q, LANES), jnp.float32)
   lines = call.T // blocks.q
@@ -233,8 +234,9 @@ def gradient_of_queries(
      row(call.H), column(call.H), column(call.V),
      block_of((None, None, SUBLANES, blocks.q), lambda p: (p.b, p.n, 0, p.i), where), row(call.V)],
     [row(call.H), *tables],
-    [q.shape, *((call.B, call.N, lines, blocks.q if x.shape[2] > 1 else 1, x.shape[3])
-                for x in moving)],
+    [(q.shape, q.dtype),
+     *(((call.B, call.N, lines, blocks.q if x.shape[2] > 1 else 1, x.shape[3]), F32)
+       for x in moving)],
     [pltpu.VMEM((blocks.q, call.H), jnp.float32), told, told, upright(blocks.q)],
     (eight(q_side), eight(k_side), *operands, q, k, v, rows, grad),
     interpret, "attnx_gradient_of_queries",
@@ -272,7 +274,7 @@ def gradient_of_keys(
   rows then lie along lanes, and no tile is transposed for the two products with it.
 
   Returns:
-    (B, K, S, H) and (B, K, S, V), float32.
+    (B, K, S, H) and (B, K, S, V), in the dtypes of k and v.
   """
   call, plan = Call.of(q, k, v, blocks), visits(kinds, by_key=True)
   group = call.N // call.K
@@ -306,8 +308,8 @@ def gradient_of_keys(
 
     @pl.when(((flags[t] & LAST) > 0) & (g == group - 1))
     def _():
-      dk_ref[...] = dk[...]
-      dv_ref[...] = dv[...]
+      dk_ref[...] = dk[...].astype(dk_ref.dtype)
+      dv_ref[...] = dv[...].astype(dv_ref.dtype)
 
   dk, dv = run(
     kernel, plan, (call.B if plan.shared else 1, call.K, plan.count, group),
@@ -315,7 +317,7 @@ def gradient_of_keys(
      row(call.H), column(call.H), column(call.V),
      block_of((None, None, SUBLANES, blocks.q), lambda p: (p.b, p.n, 0, p.i), where), row(call.V)],
     [column(call.H), column(call.V)],
-    [k.shape, v.shape],
+    [(k.shape, k.dtype), (v.shape, v.dtype)],
     [pltpu.VMEM((blocks.k, call.H), jnp.float32), pltpu.VMEM((blocks.k, call.V), jnp.float32),
      upright(blocks.k if algebra.turns else blocks.q)],
     (eight(q_side), eight(k_side), *operands, q, k, v, rows, grad),
@@ -416,6 +418,6 @@ def gradient_of_pairs(
     [*sides_of(q_side, k_side, blocks, where), *operand_specs,
      row(call.H), column(call.H), column(call.V), stats, row(call.V),
      pl.BlockSpec(memory_space=pl.ANY)],
-    [out_spec], [of.shape], [upright(blocks.q)], (*inputs, jnp.zeros(of.shape, jnp.float32)),
+    [out_spec], [(of.shape, F32)], [upright(blocks.q)], (*inputs, jnp.zeros(of.shape, jnp.float32)),
     interpret, "attnx_gradient_of_pairs", aliases={4 + len(inputs): 0},
   )[0]  # fmt: skip

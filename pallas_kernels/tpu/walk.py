@@ -273,9 +273,9 @@ def occurring(kinds) -> tuple[bool, bool]:
 
 
 def run(
-  kernel, plan, grid, in_specs, out_specs, shapes, scratch, inputs, interpret, name, aliases=None
+  kernel, plan, grid, in_specs, out_specs, kinds, scratch, inputs, interpret, name, aliases=None
 ):  # fmt: skip
-  """The call of a kernel that follows a list of visits."""
+  """The call of a kernel that follows a list of visits; `kinds` are (shape, dtype) of outputs."""
   vary = jax.typeof(inputs[-1]).manual_axis_type  # inside of `jax.shard_map`: as queries do
   apart = 0 if aliases else 2  # grid axes whose steps share no sums
   semantics = ["parallel"] * apart + ["arbitrary"] * (len(grid) - apart)
@@ -285,7 +285,7 @@ def run(
       num_scalar_prefetch=4, grid=grid, in_specs=in_specs, out_specs=out_specs,
       scratch_shapes=scratch,
     ),
-    out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=vary) for shape in shapes],
+    out_shape=[jax.ShapeDtypeStruct(*kind, manual_axis_type=vary) for kind in kinds],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=tuple(semantics)
     ),
