@@ -13,7 +13,8 @@ CLUSTER = (  # what goes over devices and processes, which nobody needs for a mo
   "attnx/sharded", "attnx/decod", "attnx/training/processes.py", "attnx/training/peers.py",
 )  # fmt: skip
 KERNELS = (  # what hands specs to kernels, one file for each kind of chip
-  "attnx/attention/handed.py", "attnx/attention/pallas_tpu.py", "attnx/recurrence/pallas_tpu.py",
+  "attnx/attention/by_tile.py", "attnx/attention/handed.py", "attnx/attention/pallas_tpu.py",
+  "attnx/recurrence/pallas_tpu.py",
 )  # fmt: skip
 FILES = {str(path.relative_to(ROOT)): path for path in ROOT.glob("attnx/**/*.py")}
 APART = ENTRIES + CLUSTER + KERNELS

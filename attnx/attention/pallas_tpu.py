@@ -8,21 +8,19 @@ import math
 from typing import Any
 
 import jax
-from jax.extend.core import jaxprs_in_params
 import jax.numpy as jnp
 import numpy as np
 
+from attnx.attention import by_tile
 from attnx.attention import plan as plans
 from attnx.attention.handed import Handed, hand_over, padded, sides
-from attnx.attention.normalisers import Softmax
 from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec
-from attnx.core.lookup import Table
 from attnx.core.tokens import Tokens
 from attnx.core.varying import alone
 from pallas_kernels.blocks import Chosen, choose, dividing
-from pallas_kernels.tpu import decode, lookup, streaming
-from pallas_kernels.tpu.algebra import FLOOR, Algebra, Facts, Side, softmax
+from pallas_kernels.tpu import decode, streaming
+from pallas_kernels.tpu.algebra import FLOOR, Algebra
 from pallas_kernels.tpu.walk import Blocks
 
 LIST = 60_000  # tiles of a plan that the scalar memory of a chip holds, 1 MiB
@@ -60,7 +58,7 @@ def partial(
     spec.mask, plans.pad(q_tokens, rows), plans.pad(k_tokens, columns), *sizes
   ).kinds()
   exist = rows == T and columns == S and all(map(_exist, (q_tokens, k_tokens)))
-  run = _Run(algebra(spec, handed, H, q.dtype, exist), handed, blocks, interpret, kinds, T)
+  run = _Run(by_tile.algebra(spec, handed, H, q.dtype, exist), handed, blocks, interpret, kinds, T)
   heads = lambda x, length: jnp.swapaxes(
     jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))), 1, 2
   )
@@ -173,64 +171,9 @@ def _summed(grad: jax.Array, like: jax.Array) -> jax.Array:
   return grad.sum(axes, keepdims=True).astype(like.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Table(Table):
-  """A `Table` in a kernel, its rows filled up to whole registers."""
-
-  length: int
-
-  @property
-  def size(self) -> int:
-    return self.length
-
-  def at(self, index: jax.Array) -> jax.Array:
-    lines = max(self.rows.shape[0], index.shape[0])
-    return lookup.lookup(self.rows, jnp.broadcast_to(index, (lines, index.shape[1])))
-
-
 def _exist(tokens: Tokens) -> bool:
   """Whether every token is known to exist before anything runs."""
   return isinstance(tokens.position, np.ndarray) and bool((tokens.position >= 0).all())
-
-
-def algebra(
-  spec: AttentionSpec, handed: Handed, H: int, dtype: Any, exist: bool = False
-) -> Algebra:
-  """What the kernels are handed: the spec, read at tiles. Base 2 is for inputs below float32.
-
-  Where all tokens `exist`, what is visible is what the mask says.
-  """
-  one = all(operand.array.shape[2:] == (1, 1) for operand in handed.operands)
-  normaliser, factor = spec.normaliser, spec.factor(H)
-  soft = type(normaliser).weigh is Softmax.weigh and type(normaliser).height is Softmax.height
-
-  def read(facts: Facts):
-    here, tables = handed.build(facts.operands, _Table)
-    one_pair = lambda x: x if jnp.ndim(x) else jnp.full((1, 1), x, jnp.int32)
-    q = Tokens(*facts.q, batch=one_pair(facts.batch), head=one_pair(facts.head))
-    return here, tables, q, Tokens(*facts.k)
-
-  def score(scaled, facts: Facts):
-    here, tables, q, k = read(facts)
-    return here.score(scaled, q, k, tables)
-
-  def visible(facts: Facts):
-    here, _, q, k = read(facts)
-    return here.mask(q, k) if exist else here.visible(q, k)
-
-  def edit(weights, facts: Facts):
-    here, _, q, k = read(facts)
-    return here.edit(weights, q, k)
-
-  if soft and jnp.dtype(dtype).itemsize < 4:
-    between = score if spec.transforms else None
-    return softmax(factor, score=between, visible=visible, edit=edit, turns=one)
-  height: Any = normaliser.height
-  has_peak = height(jnp.zeros((1, 1))) is not None
-  return Algebra(
-    lambda products, facts: score(products * factor, facts), visible, normaliser.weigh, edit,
-    height=height if has_peak else None, signed=not soft, turns=one,
-  )  # fmt: skip
 
 
 def refusal(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> str | None:
@@ -255,56 +198,4 @@ def unfit(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> str 
   if (tiles := B * -(-T // block.q) * -(-S // block.k)) > LIST:
     size = f"{block.q} x {block.k}"
     return f"lists up to {LIST} tiles of {size}, got {tiles}: split tokens or rows over devices"
-  try:
-    jaxpr = jax.make_jaxpr(functools.partial(_tile, spec, q.shape, k.shape, q.dtype))()
-  except (TypeError, ValueError, NotImplementedError, IndexError) as error:
-    return f"cannot read the spec in tiles: {str(error).splitlines()[0]}"
-  if jaxpr.consts and any(np.size(x) > 1 for x in jaxpr.consts):
-    return "cannot read arrays that a function of the spec closes over: make them fields of a part"
-  if found := sorted(_primitives(jaxpr.jaxpr) & FORBIDDEN):
-    return f"cannot {', '.join(found)} inside of a tile; use `Table.at` or an array of places"
-  return None
-
-
-FORBIDDEN = {
-  "gather", "scatter", "scatter-add", "sort", "cumsum", "cumprod", "cumlogsumexp", "top_k",
-  "dynamic_slice", "dynamic_update_slice", "argmax", "argmin", "dot_general", "fft", "while",
-}  # fmt: skip
-
-
-def _tile(spec: AttentionSpec, q_shape, k_shape, dtype):
-  """What a kernel traces, of one tile of 128 x 128, with operands of any value."""
-  (B, T, N, H), S, size = q_shape, k_shape[1], 128
-  found: list[Any] = []
-
-  def hand(q):
-    handed = hand_over(spec, q, Tokens.of_length(T), Tokens.of_length(S))
-    found.append(handed)
-    return [operand.array for operand in handed.operands]
-
-  shapes = jax.eval_shape(hand, jax.ShapeDtypeStruct((B, T, N, H), dtype))
-  handed: Handed = found[0]
-  side = lambda *shape: Side(*[jnp.zeros(shape, jnp.int32)] * 3)
-  tiles = []
-  for x, operand in zip(shapes, handed.operands, strict=True):
-    lanes = size if operand.pairs else -(-x.shape[3] // 128) * 128
-    cut = (1 if x.shape[2] == 1 else size, 1 if x.shape[3] == 1 else lanes)
-    tiles.append(jnp.zeros(cut, x.dtype))
-  facts = Facts(side(size, 1), side(1, size), 0, 0, tuple(tiles))
-  how = algebra(spec, handed, H, dtype)
-  scores, _, told = how.masked(jnp.zeros((size, size), jnp.float32), facts, True)
-  weights = how.weigh(scores, told, jnp.zeros_like(scores))
-  if not weights.shape == scores.shape == (size, size):
-    raise ValueError(f"a tile of {(size, size)} became {scores.shape}, then {weights.shape}")
-  return how.edit(weights, facts)
-
-
-def _primitives(jaxpr) -> set[str]:
-  """Names of what a program does, but for what is a function of the kernels' own."""
-  names: set[str] = set()
-  for eqn in jaxpr.eqns:
-    names.add(eqn.primitive.name)
-    if eqn.primitive.name != "custom_vjp_call":
-      for inner in jaxprs_in_params(eqn.params):
-        names |= _primitives(inner)
-  return names
+  return by_tile.untraceable(spec, q, k)
