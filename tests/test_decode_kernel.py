@@ -2,11 +2,9 @@
 
 import dataclasses
 import itertools
-import os
-import pathlib
-import subprocess
 import sys
 
+import ahead
 import jax
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
@@ -352,15 +350,7 @@ def compile_ahead(page: int, dtype: str) -> None:
   (0, "bfloat16"), (0, "float8_e4m3fn"), (16, "bfloat16"), (32, "int8"),
 ])  # fmt: skip
 def test_compiles_for_tpu(page, dtype):
-  # a process of its own: libtpu wants to be told of a machine before JAX is imported
-  machine = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", JAX_PLATFORMS="cpu",
-                 TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # fmt: skip
-  root = pathlib.Path(__file__).parent.parent
-  path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-  subprocess.run(
-    [sys.executable, __file__, str(page), dtype], cwd=root, check=True, timeout=300,
-    env=os.environ | machine | {"PYTHONPATH": path},
-  )  # fmt: skip
+  ahead.run(__file__, str(page), dtype)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,10 @@
 
 import collections
 import functools
-import os
-import pathlib
 import re
-import subprocess
 import sys
 
+import ahead
 import jax
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
@@ -208,16 +206,7 @@ def compile_ahead(dtype: str) -> str:
 @pytest.mark.libtpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_kernels_compile_for_a_tpu(dtype):
-  # a process of its own: libtpu wants to be told of a machine before JAX is imported
-  machine = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4",
-                 TPU_WORKER_HOSTNAMES="localhost", JAX_PLATFORMS="cpu")  # fmt: skip
-  root = pathlib.Path(__file__).parent.parent
-  path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-  ran = subprocess.run(
-    [sys.executable, __file__, dtype], cwd=root, check=True, timeout=300,
-    capture_output=True, text=True, env=os.environ | machine | {"PYTHONPATH": path},
-  )  # fmt: skip
-  found = collections.Counter(re.findall(r"%\w*attnx_(\w+?ward)\S* = ", ran.stdout))
+  found = collections.Counter(re.findall(r"%\w*attnx_(\w+?ward)\S* = ", ahead.run(__file__, dtype)))
   assert found == {
     f"{rule}_{direction}": 3  # no decay, a scalar, a vector
     for rule in ("linear_attention", "delta_rule") for direction in ("forward", "backward")

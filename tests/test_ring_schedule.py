@@ -1,11 +1,9 @@
 """What a ring sends travels while it attends: the order that the compiler for TPUs chose, read."""
 
-import os
-import pathlib
 import re
-import subprocess
 import sys
 
+import ahead
 import jax
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec as P
@@ -73,16 +71,7 @@ def hops(text: str) -> list[tuple[str, int]]:
 @pytest.mark.libtpu
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
 def test_hops_span_the_tiles_of_a_shard(gradient):
-  # a process of its own: libtpu wants to be told of a machine before JAX is imported
-  machine = dict(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4",
-                 TPU_WORKER_HOSTNAMES="localhost", JAX_PLATFORMS="cpu")  # fmt: skip
-  root = pathlib.Path(__file__).parent.parent
-  path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-  ran = subprocess.run(
-    [sys.executable, __file__, *["gradient"] * gradient], cwd=root, check=True, timeout=300,
-    capture_output=True, text=True, env=os.environ | machine | {"PYTHONPATH": path},
-  )  # fmt: skip
-  found = hops(ran.stdout)
+  found = hops(ahead.run(__file__, *["gradient"] * gradient))
   # of keys: the first hop, and one in the loop; of gradients, in the loop and after it, then home
   assert len(found) == (2 + 2) * 2 + 2 * 3 if gradient else len(found) == 2 * 2
   waits = [computation for computation, loops in found if not loops]

@@ -6,11 +6,10 @@ for a chip.
 
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
+import ahead
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,6 @@ B, T, N, K, H, BLOCK = 2, 256, 4, 2, 128, 128
 BLOCKS = Chosen(*[Blocks(BLOCK, BLOCK, BLOCK, BLOCK, 0)] * 3)
 DENSE = ("bias", "visible")  # arrays of pairs, which are no entries
 CHIPS = ["v5e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5p", "v6e", "tpu7x"))]
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def spec_of(interface: str, name: str) -> AttentionSpec:
@@ -97,13 +95,7 @@ def ring(devices):
 @pytest.fixture(scope="module", params=CHIPS)
 def compiled(request) -> dict[str, str]:
   """What became of every entry on a chip: "" or the error."""
-  path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-  ran = subprocess.run(
-    [sys.executable, __file__, request.param], cwd=ROOT, check=True, timeout=900,
-    capture_output=True, text=True,
-    env=os.environ | aot.TPU_ENVIRONMENT | {"PYTHONPATH": path},
-  )  # fmt: skip
-  return json.loads(ran.stdout.splitlines()[-1])
+  return json.loads(ahead.run(__file__, request.param, timeout=900).splitlines()[-1])
 
 
 @pytest.mark.libtpu
