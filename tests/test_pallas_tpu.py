@@ -268,6 +268,15 @@ def test_a_few_queries_are_decoded_to_the_same_values(entry):
   assert "attnx_decode" in str(decode.trace(q[:, rows], k, v).jaxpr)
 
 
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_a_few_queries_of_bfloat16_are_decoded_within_a_rounding(name):
+  spec, (q, k, v) = BFLOAT16[name], arguments(64, 64, jnp.bfloat16)
+  tokens = Tokens.of_length(3, offset=100), Tokens.of_length(S)
+  actual = spec.finish(kernel()(q[:, 100:103], k, v, spec, *tokens))
+  given = (x.astype(jnp.float32) for x in (q[:, 100:103], k, v))
+  assert_near(actual, spec.finish(reference.partial(*given, spec, *tokens)), 2**-8)
+
+
 def test_a_few_queries_have_gradients():
   spec, (q, k, v) = AttentionSpec(mask=masks.Causal()), arguments(32, 16)
   qkv, tokens = (q[:, 100:103], k, v), (Tokens.of_length(3, offset=160), Tokens.of_length(S))

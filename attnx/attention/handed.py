@@ -80,7 +80,7 @@ def hand_over(spec: AttentionSpec, q: jax.Array, q_tokens: Tokens, k_tokens: Tok
     return add(array.astype(jnp.int8) if truth else array, wrap, pairs=True)
 
   def leaf(x: Any) -> Any:
-    if np.size(x) != 1 or isinstance(x, Slot | Unavailable):
+    if np.size(x) != 1:
       return Unavailable(np.shape(x))
     return add(jnp.reshape(x, (1, 1, 1, 1)), lambda tile: tile)
 

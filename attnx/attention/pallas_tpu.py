@@ -123,12 +123,15 @@ class _Run:
     self.fold = jax.custom_vjp(self._few if T <= FEW else lambda *args: self._forward(*args)[0])
     self.fold.defvjp(self._forward, self._backward)
 
+  def _plan(self, kinds: jax.Array | None) -> Any:
+    """What was known before anything ran, which no argument of a traced function may be."""
+    return self.kinds if kinds is None else kinds
+
   def _few(self, q, k, v, operands, sides, kinds) -> Partial:
-    kinds = self.kinds if kinds is None else kinds
     rows = [x if x.shape[2] == 1 else x[:, :, : self.T] for x in operands]
     parts = decode.decode(
-      q[:, :, : self.T], k, v, sides[0][..., : self.T], sides[1], rows, jnp.asarray(kinds[:, 0]),
-      block_k=self.blocks.forward.k, **self.how,
+      q[:, :, : self.T], k, v, sides[0][..., : self.T], sides[1], rows,
+      jnp.asarray(self._plan(kinds)[:, 0]), block_k=self.blocks.forward.k, **self.how,
     )  # fmt: skip
     seen = decode.combined(parts, self.how["algebra"])
     p = Partial(seen.out, seen.mass, seen.peak * self.unit, seen.count)
@@ -136,18 +139,16 @@ class _Run:
     return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), more] + [(0, 0)] * (x.ndim - 3)), p)
 
   def _forward(self, q, k, v, operands, sides, kinds):
-    kinds = self.kinds if kinds is None else kinds
-    args = (q, k, v, *sides, operands, kinds)
+    args = (q, k, v, *sides, operands, self._plan(kinds))
     out, stats = streaming.forward(*args, blocks=self.blocks.forward, **self.how)
     mass, peak, count = (stats[:, :, row] for row in range(3))  # MASS, PEAK, COUNT
     return Partial(out, mass, peak * self.unit, count), (q, k, v, operands, sides, kinds, peak)
 
   def _backward(self, residuals, grad: Partial):
     q, k, v, operands, sides, kinds, peak = residuals
-    kinds = self.kinds if self.kinds is not None else kinds
     told = jnp.stack([jnp.maximum(peak, FLOOR), grad.mass], axis=2)
     told = jnp.pad(told, ((0, 0), (0, 0), (0, streaming.SUBLANES - told.shape[2]), (0, 0)))
-    args = (q, k, v, *sides, operands, kinds, told, grad.out.astype(q.dtype))
+    args = (q, k, v, *sides, operands, self._plan(kinds), told, grad.out.astype(q.dtype))
     dq, tables = streaming.gradient_of_queries(*args, blocks=self.blocks.queries, **self.how)
     dk, dv = streaming.gradient_of_keys(*args, blocks=self.blocks.keys, **self.how)
     by_row = iter(tables)

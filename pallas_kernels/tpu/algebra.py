@@ -75,12 +75,17 @@ class Algebra:
   drops: bool = False
   turns: bool = True
 
-  def masked(self, products: jax.Array, facts: Facts, mask: bool) -> tuple[jax.Array, Any, Any]:
-    """Scores, what is visible, and what `weigh` has to be told of it; all if not `mask`."""
+  def masked(
+    self, products: jax.Array, facts: Facts, mask: bool, exist: Any = True
+  ) -> tuple[jax.Array, Any, Any]:
+    """Scores, what is visible, and what `weigh` has to be told of it; all if not `mask`.
+
+    Only pairs that `exist` are visible, for kernels that know of some that do not.
+    """
     scores = self.score(products, facts)
     if not mask:
       return scores, True, True
-    visible = jnp.broadcast_to(self.visible(facts), scores.shape)
+    visible = jnp.broadcast_to(self.visible(facts) & exist, scores.shape)
     if not self.drops:
       return scores, visible, visible
     return jnp.where(visible, scores, -jnp.inf), visible, True

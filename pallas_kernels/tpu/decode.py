@@ -22,7 +22,7 @@ from pallas_kernels.tpu import decode_call
 from pallas_kernels.tpu.algebra import FLOOR, LANES, Algebra, Facts, Side
 from pallas_kernels.tpu.decode_call import GROUP, Call
 from pallas_kernels.tpu.streaming import COUNT, MASS, PEAK
-from pallas_kernels.tpu.walk import EMPTY, FULL, PARTIAL, Operand, dot, lanes, wide
+from pallas_kernels.tpu.walk import EMPTY, FULL, PARTIAL, Operand, dot, lanes, weigh, wide
 
 SENT = 4  # copies of pages that are started in one turn of a loop
 
@@ -413,10 +413,9 @@ def _visit(call, algebra, given, sums, step: Step, k_tile, v_tile, masked: bool)
   products = [dot(given.q[j], k_tile[j].astype(dtype), (1, 1)) for j in heads]
   facts = [_facts(call, given, step, j) for j in heads]
   filled = lax.broadcasted_iota(jnp.int32, (1, call.block), 1) < step.filled if masked else True
-  scores = [algebra.score(_scaled(call, given, step, j, products[j]), facts[j]) for j in heads]
-  see = lambda j: jnp.broadcast_to(algebra.visible(facts[j]) & filled, scores[j].shape)
-  seen = [see(j) if masked else True for j in heads]
-  weighed = [_weigh(call, algebra, sums, j, scores[j], seen[j]) for j in heads]
+  scaled = [_scaled(call, given, step, j, products[j]) for j in heads]
+  scores = [algebra.masked(scaled[j], facts[j], masked, filled) for j in heads]
+  weighed = [_weigh(call, algebra, sums, j, *scores[j]) for j in heads]
   for j, (weights, factor) in enumerate(weighed):
     weights = algebra.edit(weights, facts[j])
     if given.v_token is not None:
@@ -447,18 +446,8 @@ def _scaled(call: Call, given: Operands, step: Step, j: int, product: jax.Array)
   return product
 
 
-def _weigh(call: Call, algebra: Algebra, sums: Scratch, j: int, scores, visible):
+def _weigh(call: Call, algebra: Algebra, sums: Scratch, j: int, scores, visible, told):
   """Weights, and what the sums of values shrink by, or None; adds up mass, count and peak."""
-  origin, factor = jnp.zeros((call.rows, LANES), jnp.float32), None
-  if algebra.height is not None:
-    before = sums.peak[j]
-    after = jnp.maximum(before, algebra.peak(scores, visible, axis=1))
-    sums.peak[j] = after
-    origin = jnp.maximum(after, FLOOR)  # finite where nothing was seen
-    factor = algebra.exp(before - origin)
-  weights = algebra.weigh(scores, visible, wide(origin, call.block))
-  mass = lanes(jnp.abs(weights) if algebra.signed else weights)
-  sums.mass[j] = mass + (sums.mass[j] if factor is None else sums.mass[j] * factor)
   seen = call.block // LANES if visible is True else lanes(jnp.where(visible, 1.0, 0.0))
   sums.count[j] += seen
-  return weights, factor
+  return weigh(algebra, scores, told, sums.peak, sums.mass, j)

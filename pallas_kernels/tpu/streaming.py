@@ -17,10 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from pallas_kernels.tpu.algebra import FLOOR, LANES, Algebra, Facts
+from pallas_kernels.tpu.algebra import LANES, Algebra, Facts
 from pallas_kernels.tpu.walk import (
   EMPTY, FIRST, LAST, SUBLANES, Blocks, Call, Operand, Place, ahead, block_of, by_kind, dot, eight,
-  facts_of, inputs_of, lanes, occurring, run, sides_of, stand, upright, visits, wide,
+  facts_of, inputs_of, lanes, occurring, run, sides_of, stand, upright, visits, weigh,
+  wide,
 )  # fmt: skip
 
 F32 = jnp.float32
@@ -119,23 +120,11 @@ def _forward_tile(facts, masked, q_ref, k_ref, v_ref, acc, mass, peak, count, *,
   for (r, c), product in ahead(blocks.pieces(), products, blocks.ahead):
     rows, of = pl.ds(r, R), facts(r, c)
     scores, visible, told = algebra.masked(product, of, masked)
-    origin, factor = jnp.zeros((R, LANES), jnp.float32), None
-    if algebra.height is not None:
-      before = peak[rows]
-      after = jnp.maximum(before, algebra.peak(scores, told, axis=1))
-      peak[rows] = after
-      origin = jnp.maximum(after, FLOOR)  # finite where nothing was seen
-      factor = algebra.exp(before - origin)
-    weights = algebra.weigh(scores, told, wide(origin, C))
-    sizes = jnp.abs(weights) if algebra.signed else weights
+    weights, factor = weigh(algebra, scores, told, peak, mass, rows)
     edited = algebra.edit(weights, of).astype(v_ref.dtype)
     read = dot(edited, v_ref[pl.ds(c, C)], (1, 0))
-    if factor is None:
-      mass[rows] += lanes(sizes)
-      acc[rows] += read
-    else:
-      mass[rows] = mass[rows] * factor + lanes(sizes)
-      acc[rows] = acc[rows] * wide(factor, read.shape[1]) + read
+    seen = acc[rows]
+    acc[rows] = (seen if factor is None else seen * wide(factor, read.shape[1])) + read
     if masked:
       count[rows] += lanes(jnp.where(visible, 1.0, 0.0))
 
@@ -340,12 +329,17 @@ def _key_tile(
   for (r, c), of in ahead(blocks.pieces(), start, blocks.ahead):
     rows, columns = pl.ds(r, R), pl.ds(c, C)
     told = [rows_ref[which : which + 1, rows] for which in (ORIGIN, SLOPE)]
-    if not turned:  # a row of numbers to a column of them
-      told = [jnp.broadcast_to(x, (SUBLANES, R)).T[:, :1] for x in told]
+    if not turned:
+      told = [_column(x) for x in told]
     edited, products, _ = _pulled(algebra, layout, masked, facts(r, c), *told)(*of)
     over = 1 if turned else 0
     dk[columns] += dot(products.astype(q_ref.dtype), q_ref[rows], (over, 0))
     dv[columns] += dot(edited.astype(grad_ref.dtype), grad_ref[rows], (over, 0))
+
+
+def _column(row: jax.Array) -> jax.Array:
+  """(1, rows) to (rows, 1)."""
+  return jnp.broadcast_to(row, (SUBLANES, row.shape[1])).T[:, :1]
 
 
 def gradient_of_pairs(
@@ -361,8 +355,8 @@ def gradient_of_pairs(
   call, of = Call.of(q, k, v, blocks), operands[number]
   kinds = kinds.max(0, keepdims=True) if kinds.shape[0] > 1 else kinds  # FULL means masked below
   B, N, T, S = of.shape
-  plan = visits(kinds, by_key=T == 1 and S > 1)
   by_key = T == 1 and S > 1
+  plan = visits(kinds, by_key=by_key)
   order = [axis for axis, n in (("b", B), ("n", N)) if n > 1]
   order += ["t"] + [axis for axis in "bn" if axis not in order]
   inner = order[order.index("t") + 1 :]
@@ -399,10 +393,7 @@ def gradient_of_pairs(
       facts = facts_of(facts_refs, standing, blocks, place["b"], place["n"])
       for r, c in blocks.pieces():
         R, C = pl.ds(r, blocks.rows), pl.ds(c, blocks.columns)
-        told = [
-          jnp.broadcast_to(rows_ref[which : which + 1, R], (SUBLANES, blocks.rows)).T[:, :1]
-          for which in (ORIGIN, SLOPE)
-        ]
+        told = [_column(rows_ref[which : which + 1, R]) for which in (ORIGIN, SLOPE)]
         pull = _pulled(algebra, layout, True, facts(r, c), *told, number=number)
         *_, (pair,) = pull(dot(q_ref[R], k_ref[C], (1, 1)), dot(grad_ref[R], v_ref[C], (1, 1)))
         out_ref[R if T > 1 else slice(None), C if S > 1 else slice(None)] += pair

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.tpu.algebra import LANES, Facts, Side
+from pallas_kernels.tpu.algebra import FLOOR, LANES, Algebra, Facts, Side
 
 EMPTY, PARTIAL, FULL = range(3)  # kinds of a tile, the two lowest bits of a visit
 FIRST, LAST = 4, 8  # bits: the visit begins or ends the sums of a block
@@ -251,6 +251,29 @@ def lanes(x: jax.Array) -> jax.Array:
   return functools.reduce(
     jnp.add, [x[:, c : c + LANES] for c in range(0, x.shape[1], LANES)]
   )
+
+
+def weigh(algebra: Algebra, scores, visible, peak, mass, at) -> tuple[jax.Array, Any]:
+  """Weights of a piece, and the factor by which what its rows have summed shrinks, or None.
+
+  Args:
+    algebra: what weighs.
+    scores: (rows, columns).
+    visible: what `Algebra.masked` told of them.
+    peak, mass: statistics of rows, (.., 128); `at` of them belongs to these rows, and moves on.
+    at: an index.
+  """
+  origin, factor = jnp.zeros((scores.shape[0], LANES), jnp.float32), None
+  if algebra.height is not None:
+    before = peak[at]
+    after = jnp.maximum(before, algebra.peak(scores, visible, axis=1))
+    peak[at] = after
+    origin = jnp.maximum(after, FLOOR)  # finite where nothing was seen
+    factor = algebra.exp(before - origin)
+  weights = algebra.weigh(scores, visible, wide(origin, scores.shape[1]))
+  added = lanes(jnp.abs(weights) if algebra.signed else weights)
+  mass[at] = (mass[at] if factor is None else mass[at] * factor) + added
+  return weights, factor
 
 
 def by_kind(flags, body: Callable[[bool], None], whole: bool, some: bool) -> None:
