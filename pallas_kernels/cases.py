@@ -40,9 +40,10 @@ def attention(kernel: str, H: int, V: int, dtype: str, options: dict[str, Any], 
   import jax.numpy as jnp
   import numpy as np
 
+  from pallas_kernels.algebra import softmax
   from pallas_kernels.tpu import streaming
-  from pallas_kernels.tpu.algebra import softmax
-  from pallas_kernels.tpu.walk import FULL, Blocks
+  from pallas_kernels.tpu.walk import Blocks
+  from pallas_kernels.visits import FULL
 
   blocks, T, N = Blocks(**options), 4096, 8
   kinds = np.full((1, T // blocks.q, T // blocks.k), FULL, np.int32)

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.algebra import Algebra
 from pallas_kernels.tpu import decode as kernel
-from pallas_kernels.tpu.algebra import Algebra
 from pallas_kernels.tpu.decode import Partials, combined, decode
 from pallas_kernels.tpu.decode_call import visits
-from pallas_kernels.tpu.walk import EMPTY, FULL, PARTIAL, Operand
+from pallas_kernels.visits import EMPTY, FULL, PARTIAL, Operand
 
 EMULATED = pltpu.InterpretParams()  # what was never written reads as NaN
 BLOCK = 128

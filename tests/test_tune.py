@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import aot, blocks, tune
-from pallas_kernels.tpu.walk import LANES, Blocks
+from pallas_kernels.algebra import LANES
+from pallas_kernels.tpu.walk import Blocks
 
 CHIPS = sorted(path.stem for path in blocks.FOLDER.glob("*.json"))
 LENGTHS = [1, 100, 128, 130, 384, 500, 512, 1000, 1024, 1500, 2048, 4096, 5000, 32768]

@@ -16,8 +16,8 @@ from attnx.attention.normalisers import Softmax
 from attnx.attention.spec import AttentionSpec
 from attnx.core.lookup import Table
 from attnx.core.tokens import Tokens
+from pallas_kernels.algebra import Algebra, Facts, Side, softmax
 from pallas_kernels.tpu import lookup
-from pallas_kernels.tpu.algebra import Algebra, Facts, Side, softmax
 
 
 @dataclasses.dataclass(frozen=True)

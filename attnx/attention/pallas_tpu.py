@@ -18,10 +18,11 @@ from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec
 from attnx.core.tokens import Tokens
 from attnx.core.varying import alone
+from pallas_kernels.algebra import FLOOR, Algebra
 from pallas_kernels.blocks import Chosen, choose, dividing
 from pallas_kernels.tpu import decode, streaming
-from pallas_kernels.tpu.algebra import FLOOR, Algebra
-from pallas_kernels.tpu.walk import Blocks
+from pallas_kernels.tpu.walk import SUBLANES, Blocks
+from pallas_kernels.visits import Operand
 
 LIST = 60_000  # tiles of a plan that the scalar memory of a chip holds, 1 MiB
 FEW = 16  # queries that are decoding and not training
@@ -117,7 +118,7 @@ class _Run:
     self.unit = math.log(2) if algebra.exp is jnp.exp2 else 1.0
     self.T = T
     self.kinds = kinds if isinstance(kinds, np.ndarray) else None
-    layout = tuple(streaming.Operand(operand.pairs) for operand in handed.operands)
+    layout = tuple(Operand(operand.pairs) for operand in handed.operands)
     self.how = dict(algebra=algebra, layout=layout, interpret=interpret)
     self.blocks = blocks
     self.fold = jax.custom_vjp(self._few if T <= FEW else lambda *args: self._forward(*args)[0])
@@ -147,7 +148,7 @@ class _Run:
   def _backward(self, residuals, grad: Partial):
     q, k, v, operands, sides, kinds, peak = residuals
     told = jnp.stack([jnp.maximum(peak, FLOOR), grad.mass], axis=2)
-    told = jnp.pad(told, ((0, 0), (0, 0), (0, streaming.SUBLANES - told.shape[2]), (0, 0)))
+    told = jnp.pad(told, ((0, 0), (0, 0), (0, SUBLANES - told.shape[2]), (0, 0)))
     args = (q, k, v, *sides, operands, self._plan(kinds), told, grad.out.astype(q.dtype))
     dq, tables = streaming.gradient_of_queries(*args, blocks=self.blocks.queries, **self.how)
     dk, dv = streaming.gradient_of_keys(*args, blocks=self.blocks.keys, **self.how)

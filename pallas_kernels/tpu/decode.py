@@ -18,11 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from pallas_kernels.algebra import FLOOR, LANES, Algebra, Facts, Side
 from pallas_kernels.tpu import decode_call
-from pallas_kernels.tpu.algebra import FLOOR, LANES, Algebra, Facts, Side
 from pallas_kernels.tpu.decode_call import GROUP, Call
 from pallas_kernels.tpu.streaming import COUNT, MASS, PEAK
-from pallas_kernels.tpu.walk import EMPTY, FULL, PARTIAL, Operand, dot, lanes, weigh, wide
+from pallas_kernels.tpu.walk import dot, lanes, weigh, wide
+from pallas_kernels.visits import EMPTY, FULL, PARTIAL, Operand
 
 SENT = 4  # copies of pages that are started in one turn of a loop
 

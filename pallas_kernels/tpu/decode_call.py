@@ -11,8 +11,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from pallas_kernels.tpu.algebra import LANES, Side
-from pallas_kernels.tpu.walk import EMPTY, PARTIAL, SUBLANES
+from pallas_kernels.algebra import LANES, Side
+from pallas_kernels.tpu.walk import SUBLANES
+from pallas_kernels.visits import EMPTY, PARTIAL
 
 TILE_BYTES = 2**21  # of keys and values in a step: its time must hide the overhead of a step
 MOST_KEYS = 2048  # of a tile

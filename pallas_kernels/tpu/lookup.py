@@ -7,7 +7,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.tpu.algebra import LANES
+from pallas_kernels.algebra import LANES
 
 
 @jax.custom_vjp

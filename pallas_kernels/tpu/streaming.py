@@ -17,12 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from pallas_kernels.tpu.algebra import LANES, Algebra, Facts
+from pallas_kernels.algebra import LANES, Algebra, Facts
 from pallas_kernels.tpu.walk import (
-  EMPTY, FIRST, LAST, SUBLANES, Blocks, Call, Operand, Place, ahead, block_of, by_kind, dot, eight,
-  facts_of, inputs_of, lanes, occurring, run, sides_of, stand, upright, visits, weigh,
-  wide,
+  SUBLANES, Blocks, Call, Place, ahead, block_of, by_kind, dot, eight, facts_of, inputs_of, lanes,
+  run, sides_of, stand, upright, weigh, wide,
 )  # fmt: skip
+from pallas_kernels.visits import EMPTY, FIRST, LAST, Operand, occurring, visits
 
 F32 = jnp.float32
 MASS, PEAK, COUNT = range(3)  # rows of the statistics that `forward` returns
