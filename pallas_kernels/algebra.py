@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.scaled import scaled
+
 LANES = 128
 FLOOR = float(jnp.finfo(jnp.float32).min)
 
@@ -63,6 +65,7 @@ class Algebra:
     drops: whether a score of -inf has weight zero, so that masking scores is enough; `weigh` is
       then told True for `visible`.
     turns: whether all of this may be asked about (K, Q) tiles; False where it looks along an axis.
+    counts: whether the visible keys of a row are counted; their number is 0 otherwise.
   """
 
   score: Callable[[jax.Array, Facts], jax.Array]
@@ -74,6 +77,7 @@ class Algebra:
   signed: bool = True
   drops: bool = False
   turns: bool = True
+  counts: bool = True
 
   def masked(
     self, products: jax.Array, facts: Facts, mask: bool, exist: Any = True
@@ -105,23 +109,25 @@ def softmax(
   visible: Callable[[Facts], Any] = lambda facts: True,
   edit: Callable[[jax.Array, Facts], jax.Array] = lambda weights, facts: weights,
   turns: bool = True,
+  counts: bool = True,
 ) -> Algebra:
   """exp(s) = 2^(s log2 e), with s = score(scale * product), as the exponential unit takes it.
 
-  Where no `score` stands between, scale and log2 e are one factor. The unit of peaks is that of
-  base 2, so that peaks in nats are off by their rounding: meant for inputs below float32.
+  Factors are gathered: where no `score` stands between, scale and log2 e are one. The unit of
+  peaks is that of base 2, so that peaks in nats are off by their rounding: meant for inputs below
+  float32.
 
   Args:
     scale: factor on the products.
     score: edits of the scaled products; None for none.
-    visible, edit, turns: as in `Algebra`.
+    visible, edit, turns, counts: as in `Algebra`.
   """
   unit = math.log2(math.e)
 
   def scores_of(products: jax.Array, facts: Facts) -> jax.Array:
     if score is None:
       return products * (scale * unit)
-    return score(products * scale, facts) * unit
+    return scaled(lambda products: score(products, facts), scale, unit)(products)
 
   def weigh(scores: jax.Array, seen: Any, peak: jax.Array) -> jax.Array:
     assert seen is True
@@ -130,4 +136,5 @@ def softmax(
   return Algebra(
     scores_of, visible, weigh, edit,
     height=lambda scores: scores, exp=jnp.exp2, signed=False, drops=True, turns=turns,
+    counts=counts,
   )  # fmt: skip

@@ -29,8 +29,7 @@ class Chosen(NamedTuple):
   """The blocks of the kernels of a call, which share the sizes of their tiles."""
 
   forward: Blocks
-  queries: Blocks
-  keys: Blocks
+  backward: Blocks
 
 
 def present() -> str:

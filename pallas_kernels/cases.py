@@ -65,11 +65,6 @@ def streaming_forward(H: int = 128, V: int = 128, dtype: str = "bfloat16", **blo
   return attention("forward", H, V, dtype, blocks)
 
 
-@case("streaming.softmax.queries")
-def streaming_queries(H: int = 128, V: int = 128, dtype: str = "bfloat16", **blocks):
-  return attention("gradient_of_queries", H, V, dtype, blocks)
-
-
-@case("streaming.softmax.keys")
-def streaming_keys(H: int = 128, V: int = 128, dtype: str = "bfloat16", **blocks):
-  return attention("gradient_of_keys", H, V, dtype, blocks)
+@case("streaming.softmax.backward")
+def streaming_backward(H: int = 128, V: int = 128, dtype: str = "bfloat16", **blocks):
+  return attention("gradients", H, V, dtype, blocks)

@@ -5,20 +5,20 @@
   python -m pallas_kernels.tune --chip v5p --dry-run                  # search, write no table
 
 What is compared are bundles of the body region per 512 x 512 scores, in tiles that no mask crosses;
-pallas_kernels/aot.py says what a bundle is. The kernels of a shape (forward, queries, keys) share q
-and k, since they share the plan of tiles; rows, columns and ahead are chosen for each. Of pieces
+pallas_kernels/aot.py says what a bundle is. The kernels of a shape (forward, backward) share q and
+k, since they share the plan of tiles; rows, columns and ahead are chosen for each. Of pieces
 within 1 %, those are taken that spill the fewest registers. Of tiles, the one with the least
 
-  (bundles of all three + 3 * 300 * 512^2 / (q k)) * (1 + (q + k) / 8192)
+  bundles of both + 2 * 300 * 512^2 / (q k)
 
-where 300 is about what a grid step spends around its body, and the last factor is the work of a
-causal mask over 8192 tokens for the pairs that it leaves: larger tiles waste more at its border.
-What takes more VMEM than the compiler grants a kernel on the chip, less a margin for masks and
-operands, is out.
+where 300 is about what a grid step spends around its body. That is for a mask that leaves all
+pairs; a caller whose mask leaves few of a tile takes smaller ones. What takes more VMEM than the
+compiler grants a kernel on the chip, less a margin for masks and operands, is out.
 
-The search descends from two points by steps along ahead, columns or rows, at one size of tiles;
-then it tries the other sizes with what it found, and descends again at the best of them. A shape
-after the first begins where the first ended, and tries the sizes that were within 3 % there.
+The search descends from what the table says, or where it says nothing from two points, by steps
+along ahead, columns or rows, at one size of tiles; then it tries the other sizes with what it
+found, and descends again at the best of them. A shape after the first that the table does not know
+begins where the first ended, and tries the sizes that were within 3 % there.
 
 Every figure is kept in a file as it comes (--kept), beside a digest of the kernels and the releases
 of JAX and libtpu that it holds for. After Ctrl-C the same command goes on where it stopped; tables
@@ -50,17 +50,20 @@ from pallas_kernels import aot, blocks as tables
 from pallas_kernels.tpu.walk import Blocks
 
 KERNELS = tables.Chosen._fields
-Q, K = (512, 1024, 2048), (512, 1024, 2048)
+SIZES = (
+  (512, 1024), (1024, 512), (1024, 1024), (512, 2048), (2048, 512), (1024, 2048), (2048, 1024),
+  (2048, 2048),
+)  # fmt: skip
+LEAST = (512, 512)  # the tile of shapes for which BASE has no room
 PIECES = dict(ahead=(0, 1, 2, 3, 4, 6), columns=(512, 1024, 2048), rows=(128, 256, 512, 1024))
 BASE = (1024, 1024)  # the tile at which the search begins
 STARTS = [(512, 512, 0), (128, 1024, 2)]  # rows, columns, ahead
 NEAR = 1.03  # of the least cost: tiles that the shapes after the first are tried at
 STEP = 300  # bundles of a grid step around its body, most of them scalar work for copies
-CAUSAL = 8192  # tokens of the causal mask whose border is counted
 UNIT = 512 * 512
 VMEM = {chip: size * 2**20 for chip, size in dict(v5e=14, v5p=14, v6e=28, tpu7x=28).items()}
 TIE = 1.01  # of the fewest bundles: pieces between which spills decide
-EXPECTED = 70, 35  # measurements of the first shape and of another, to tell the time left
+EXPECTED = 50, 25  # measurements of the first shape and of another, to tell the time left
 INTERRUPTED = 130
 
 
@@ -132,8 +135,8 @@ def releases() -> dict[str, str]:
 def digest() -> str:
   """Of what a figure depends on: the kernels, their cases, and the compiler."""
   here = pathlib.Path(__file__).parent
-  kernels = [here / "tpu" / f"{name}.py" for name in ("algebra", "walk", "streaming")]
-  sources = [path.read_bytes() for path in [here / "cases.py", *kernels]]
+  names = ("cases", "algebra", "scaled", "visits", "tpu/walk", "tpu/streaming")
+  sources = [(here / f"{name}.py").read_bytes() for name in names]
   return hashlib.sha256(b"\0".join([*sources, json.dumps(releases()).encode()])).hexdigest()[:16]
 
 
@@ -244,9 +247,8 @@ class Tile(NamedTuple):
 
   @property
   def cost(self) -> float:
-    """Bundles per 512 x 512 scores of a causal mask, with those around the body."""
-    around = len(self.chosen) * STEP * UNIT / (self.q * self.k)
-    return (self.bundles + around) * (1 + (self.q + self.k) / CAUSAL)
+    """Bundles per 512 x 512 scores, with those around the body."""
+    return self.bundles + len(self.chosen) * STEP * UNIT / (self.q * self.k)
 
 
 def settle(tiles: Iterable[Tile]) -> Tile:
@@ -276,13 +278,16 @@ def search(bench: Bench, shape: Shape, like: Sequence[Tile] = ()) -> list[Tile]:
     shape: of queries, keys and values.
     like: what the search found for another shape; it then begins where that one ended.
   """
-  sizes, begin = list(itertools.product(Q, K)), BASE
+  sizes, begin = SIZES, BASE
   starts = first = dict.fromkeys(KERNELS, STARTS)
-  if like:
+  if told := known(bench.chip, shape):
+    begin = (told["q"], told["k"])
+    starts = {n: [tuple(told[n][name] for name in ("rows", "columns", "ahead"))] for n in KERNELS}
+  elif like:
     ended = settle(like)
-    sizes = [(tile.q, tile.k) for tile in like if tile.cost <= NEAR * ended.cost]
+    sizes = tuple((tile.q, tile.k) for tile in like if tile.cost <= NEAR * ended.cost)
     begin, starts = (ended.q, ended.k), {n: [to] for n, to in pieces_of(ended).items()}
-  base = descent(bench, shape, *begin, starts) or descent(bench, shape, Q[0], K[0], first)
+  base = descent(bench, shape, *begin, starts) or descent(bench, shape, *LEAST, first)
   if base is None:
     return []
   tiles = {(base.q, base.k): base} | others(bench, shape, base, sizes)
@@ -292,6 +297,17 @@ def search(bench: Bench, shape: Shape, like: Sequence[Tile] = ()) -> list[Tile]:
     tiles[size] = descent(bench, shape, *size, ends) or tiles[size]
     done.add(size)
   return list(tiles.values())
+
+
+def known(chip: str, shape: Shape) -> dict[str, Any] | None:
+  """What the table of a chip says of a shape, if anything."""
+  path = tables.FOLDER / f"{chip}.json"
+  entries = json.loads(path.read_text())["entries"] if path.exists() else []
+  return next((entry for entry in entries if same(entry, dataclasses.asdict(shape))), None)
+
+
+def same(entry: dict[str, Any], other: dict[str, Any]) -> bool:
+  return all(entry.get(name) == other[name] for name in ("H", "V", "dtype"))
 
 
 def others(
@@ -321,9 +337,8 @@ def entry_of(shape: Shape, tile: Tile) -> dict[str, Any]:
 
 def write(path: pathlib.Path, entry: dict[str, Any]) -> None:
   """Puts an entry into a table, in place of the one of the same shape."""
-  same = lambda other: all(other.get(n) == entry[n] for n in ("H", "V", "dtype"))
   entries = json.loads(path.read_text())["entries"] if path.exists() else []
-  entries = [other for other in entries if not same(other)] + [entry]
+  entries = [other for other in entries if not same(other, entry)] + [entry]
   entries.sort(key=lambda e: (e["dtype"], e["H"], e["V"]))
   path.write_text(json.dumps(dict(entries=entries), indent=1) + "\n")
 
@@ -344,7 +359,7 @@ def shown(chip: str, shape: Shape, tiles: Sequence[Tile]) -> str:
     lines.append("  " + "".join(f"{cell:>11}" for cell in cells))
   ranks = sorted(tiles, key=lambda tile: tile.cost)
   sums = (f"{tile.q} x {tile.k}: {tile.bundles:.0f} ({tile.cost:.0f})" for tile in ranks)
-  return "\n".join([*lines, f"  bundles of all three (cost) by tile: {', '.join(sums)}"])
+  return "\n".join([*lines, f"  bundles of both (cost) by tile: {', '.join(sums)}"])
 
 
 def parser() -> argparse.ArgumentParser:

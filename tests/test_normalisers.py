@@ -1,5 +1,7 @@
 """Every normaliser: the same by every route, harmless where nothing is seen, true to its facts."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,19 @@ def test_chunks_of_any_size_give_the_same_output(name):
     whole = reference.partial(*qkv, s, *sides)
     assert_close(s.finish(p), s.finish(whole), **CLOSE)
     assert_close(p.count, whole.count)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_not_counted_is_not_read(name):
+  with jax.enable_x64(True):
+    s = spec(name, mask=structured())
+    p = reference.partial(*inputs(), s, packed(T), packed(S))
+    if s.normaliser.counts:
+      assert p.count.max() > 1
+    else:
+      assert not p.count.any()
+      unread = dataclasses.replace(p, count=jnp.full_like(p.count, jnp.nan))
+      np.testing.assert_array_equal(s.finish(unread), s.finish(p))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in WHOLE])

@@ -6,6 +6,8 @@ import math
 
 from flax import nnx
 import jax
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from attnx.sharded.ulysses import numbered
 from pallas_kernels.blocks import Blocks, Chosen
 
 T, S = 150, 200  # no tile divides them
-BLOCKS = Chosen(*[Blocks(128, 128, 128, 128, 0)] * 3)
+BLOCKS = Chosen(*[Blocks(128, 128, 128, 128, 0)] * 2)
 SAME = registry.build("masks", "same_segment")
 INTERFACES = ("masks", "transforms", "normalisers", "edits")
 ENTRIES = [(interface, name) for interface in INTERFACES for name in registry.names(interface)]
@@ -121,11 +123,24 @@ def test_heads_of_any_width_share_keys(widths):
 
 @pytest.mark.parametrize("pieces", [(256, 128, 0), (128, 256, 1), (128, 128, 3)], ids=str)
 def test_pieces_and_what_is_started_ahead_change_nothing(pieces):
-  cut = Chosen(*[Blocks(256, 256, *pieces)] * 3)
+  cut = Chosen(*[Blocks(256, 256, *pieces)] * 2)
   spec = AttentionSpec(mask=masks.Causal(), transforms=(transforms.SoftCap(2.0),))
   qkv = arguments(32, 16, lengths=(300, 500))
   tokens = Tokens.of_length(300), Tokens.of_length(500)
   assert_near(run(kernel(cut), spec, qkv, *tokens), exact(spec, qkv, *tokens), 2e-6)
+
+
+@pytest.mark.parametrize("mode", ["on_wait", "eager"])
+@pytest.mark.parametrize("mask", [masks.Window(100), masks.Window(100) & SAME], ids=["", "empty"])
+def test_the_copies_of_query_gradients_do_not_race(mask, mode):
+  """A block twice in a row, and lines of one visit or of none; two heads share keys."""
+  spec, qkv = AttentionSpec(mask=mask), arguments(64, 64, lengths=(384, 384))
+  segment = np.repeat(np.arange(3, dtype=np.int32), 128)[None]
+  sides = [dataclasses.replace(Tokens.of_length(384), segment=s) for s in (segment, 2 * segment)]
+  detect = pltpu.InterpretParams(detect_races=True, dma_execution_mode=mode)
+  emulated = functools.partial(pallas_tpu.partial, blocks=BLOCKS, interpret=detect)
+  assert_near(run(emulated, spec, qkv, *sides), exact(spec, qkv, *sides), 2e-6)
+  assert not interpret_pallas_call.races.races_found
 
 
 ALIBI = registry.build("transforms", dict(name="alibi", num_heads=4))
@@ -332,10 +347,12 @@ def cuts(spec: AttentionSpec, length: int = 4096) -> Chosen:
 
 def test_blocks_are_smaller_where_a_mask_or_arrays_want_it():
   full, window = (cuts(AttentionSpec(mask=m)) for m in (masks.Everything(), masks.Window(1023)))
-  assert full == cuts(AttentionSpec(mask=masks.Causal()))
-  assert window.forward.q < full.forward.q and window.forward.k >= 512
+  causal, long = (cuts(AttentionSpec(mask=masks.Causal()), length) for length in (4096, 2**15))
+  size = lambda chosen: chosen.forward.q * chosen.forward.k
+  assert size(window) < size(causal) <= size(full) == size(long)
+  assert min(window.forward.q, window.forward.k) >= 512
   bias = transforms.Add(jax.ShapeDtypeStruct((1, 4, 4096, 4096), jnp.float32))
   biased = cuts(AttentionSpec(transforms=(bias,)))
-  assert biased.queries.q * biased.queries.k <= 2**19
+  assert biased.backward.q * biased.backward.k <= 2**19
   table = registry.build("transforms", "t5_bias", num_heads=4, rngs=nnx.Rngs(0))
-  assert cuts(AttentionSpec(transforms=(table,))).keys.rows == 128
+  assert cuts(AttentionSpec(transforms=(table,))).backward.rows == 128

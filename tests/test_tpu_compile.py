@@ -26,7 +26,7 @@ from pallas_kernels import aot
 from pallas_kernels.blocks import Blocks, Chosen
 
 B, T, N, K, H, BLOCK = 2, 256, 4, 2, 128, 128
-BLOCKS = Chosen(*[Blocks(BLOCK, BLOCK, BLOCK, BLOCK, 0)] * 3)
+BLOCKS = Chosen(*[Blocks(BLOCK, BLOCK, BLOCK, BLOCK, 0)] * 2)
 DENSE = ("bias", "visible")  # arrays of pairs, which are no entries
 CHIPS = ["v5e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v5p", "v6e", "tpu7x"))]
 

@@ -66,12 +66,14 @@ def algebra(
 
   if soft and jnp.dtype(dtype).itemsize < 4:
     between = score if spec.transforms else None
-    return softmax(factor, score=between, visible=visible, edit=edit, turns=one)
+    return softmax(
+      factor, score=between, visible=visible, edit=edit, turns=one, counts=normaliser.counts
+    )
   height: Any = normaliser.height
   has_peak = height(jnp.zeros((1, 1))) is not None
   return Algebra(
     lambda products, facts: score(products * factor, facts), visible, normaliser.weigh, edit,
-    height=height if has_peak else None, signed=not soft, turns=one,
+    height=height if has_peak else None, signed=not soft, turns=one, counts=normaliser.counts,
   )  # fmt: skip
 
 

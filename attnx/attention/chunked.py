@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from attnx.attention import plan as plans
 from attnx.attention.partial import Partial, empty, merge
+from attnx.attention.reference import counted
 from attnx.attention.spec import AttentionSpec
 from attnx.core.tokens import Tokens
 from attnx.core.varying import varying
@@ -168,7 +169,7 @@ def tile(
     peak = jnp.swapaxes(peak, 1, 2)
   origin = jnp.where(jnp.isneginf(peak), 0.0, peak)[..., None]
   weights = spec.normaliser.weigh(scores, visible, origin)
-  mass, count = jnp.abs(weights).sum(-1), visible.sum(-1, dtype=dtype)
+  mass, count = jnp.abs(weights).sum(-1), counted(spec, visible, dtype)
   weights = spec.edit(weights, rows, columns)
   out = jnp.einsum("bkts,bksv->bktv", weights.reshape(B, K, -1, S), v).reshape(B, N, T, V)
   for readout in spec.readouts:

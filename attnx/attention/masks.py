@@ -124,8 +124,8 @@ class Window(Mask):
       raise ValueError(f"before={self.before} and after={self.after} must not be negative")
 
   def __call__(self, q: Tokens, k: Tokens) -> jax.Array:
-    distance = q.position - k.position
-    return (distance <= self.before) & (distance >= -self.after)
+    first, last = q.position - self.before, q.position + self.after  # a pair costs no difference
+    return (first <= k.position) & (k.position <= last)
 
   def block(self, q: Span, k: Span) -> Block:
     nearest = q.position.lo - k.position.hi  # the smallest and the largest q - k of the tile

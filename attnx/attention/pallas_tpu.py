@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
 import math
 from typing import Any
 
@@ -26,6 +26,7 @@ from pallas_kernels.visits import Operand
 
 LIST = 60_000  # tiles of a plan that the scalar memory of a chip holds, 1 MiB
 FEW = 16  # queries that are decoding and not training
+START = 0.15 * 2**20  # pairs of a tile that take as long as what is around its pieces
 
 
 def partial(
@@ -75,18 +76,19 @@ def partial(
 def cut(spec: AttentionSpec, q, v, q_tokens, k_tokens, handed: Handed) -> Chosen:
   """How the kernels cut a call: as the table of the chip says, and smaller where
 
-  a mask leaves much less to visit in tiles of half the size, down to 512; or tables are looked up
-  in, whose rows are wide: as many queries as have rows within 1 MiB, and pieces of 128 x 256.
+  a mask leaves less to visit in smaller tiles, down to 512, and what it leaves is worth more than
+  the start of a tile; or tables are looked up in, whose rows are wide: as many queries as have rows
+  within 1 MiB, and pieces of 128 x 256.
   """
   (T, H), (S, V) = q.shape[1::2], v.shape[1::2]
   dense = sum(x.shape[2:] != (1, 1) for x, pairs in handed.operands if pairs)
   blocks = choose(T, S, H, V, q.dtype, pairs=dense)
-  visited = lambda q, k: plans.outcome(spec.mask, q_tokens, k_tokens, q, k).pairs
   q_size, k_size = blocks.forward.q, blocks.forward.k
-  while min(q_size, k_size) >= 1024 and q_size % 256 == k_size % 256 == 0 and (
-    visited(q_size // 2, k_size // 2) < 0.85 * visited(q_size, k_size)
-  ):
-    q_size, k_size = q_size // 2, k_size // 2
+  traced = lambda x: isinstance(x, jax.core.Tracer)
+  if not any(map(traced, jax.tree.leaves((spec.mask, q_tokens, k_tokens)))):
+    left = lambda size: plans.outcome(spec.mask, q_tokens, k_tokens, *size).pairs
+    sizes = itertools.product(_halves(q_size), _halves(k_size))
+    q_size, k_size = min(sizes, key=lambda size: left(size) * (1 + START / math.prod(size)))
   tables = [x for x, pairs in handed.operands if not pairs and x.shape[3] > 1]
   width = sum(x.shape[3] for x in tables if x.shape[2] > 1)
   q_size = min(q_size, max(128, 2**20 // (4 * max(width, 1)) // 128 * 128))
@@ -96,6 +98,11 @@ def cut(spec: AttentionSpec, q, v, q_tokens, k_tokens, handed: Handed) -> Chosen
            dividing(k_size, min(b.columns, columns)), b.ahead)
     for b in blocks
   ))  # fmt: skip
+
+
+def _halves(size: int) -> list[int]:
+  """A size, and its halves that are whole registers of at least 512."""
+  return [size] + (_halves(size // 2) if size >= 1024 and size % 256 == 0 else [])
 
 
 def summary(spec: AttentionSpec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> plans.Summary:
@@ -150,21 +157,20 @@ class _Run:
     told = jnp.stack([jnp.maximum(peak, FLOOR), grad.mass], axis=2)
     told = jnp.pad(told, ((0, 0), (0, 0), (0, SUBLANES - told.shape[2]), (0, 0)))
     args = (q, k, v, *sides, operands, self._plan(kinds), told, grad.out.astype(q.dtype))
-    dq, tables = streaming.gradient_of_queries(*args, blocks=self.blocks.queries, **self.how)
-    dk, dv = streaming.gradient_of_keys(*args, blocks=self.blocks.keys, **self.how)
-    by_row = iter(tables)
-    pairs = functools.partial(
-      streaming.gradient_of_pairs, *args, blocks=self.blocks.queries, **self.how
-    )
+    dq, dk, dv = streaming.gradients(*args, blocks=self.blocks.backward, **self.how)
+    beside = lambda of, **which: of(*args, blocks=self.blocks.backward, **self.how, **which)
+    by_row: Any = iter(())
+    if streaming.by_row(operands, self.how["layout"]):
+      by_row = iter(beside(streaming.gradient_of_tables))
     moved: list[Any] = []
     for n, (x, layout) in enumerate(zip(operands, self.how["layout"], strict=True)):
       if not jnp.issubdtype(x.dtype, jnp.floating):
         moved.append(None)
       elif layout.pairs:
-        moved.append(pairs(number=n).astype(x.dtype))
+        moved.append(beside(streaming.gradient_of_pairs, number=n).astype(x.dtype))
       else:
         moved.append(_summed(next(by_row), x))
-    return dq, dk, dv, moved, None, None
+    return dq.astype(q.dtype), dk, dv, moved, None, None
 
 
 def _summed(grad: jax.Array, like: jax.Array) -> jax.Array:

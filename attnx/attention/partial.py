@@ -18,7 +18,7 @@ class Partial:
     peak: score that weights are measured from, (B, T, N); out and mass carry a factor exp(-peak).
       0 for normalisers that do not rescale, -inf where nothing was seen. It is a choice of unit,
       not a result: it carries no gradient, and what `finish` returns does not depend on it.
-    count: number of keys that were visible, (B, T, N).
+    count: number of keys that were visible, (B, T, N), for normalisers that count, else 0.
   """
 
   out: jax.Array

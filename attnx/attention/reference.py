@@ -16,7 +16,7 @@ def partial(
   """Attention over the keys given, not yet finished; float64 where q is. Shapes as in `attend`."""
   (B, T, N, _), (K, V) = q.shape, v.shape[2:]
   weights, peak, visible = unnormalised(q, k, spec, q_tokens, k_tokens)
-  mass, count = jnp.abs(weights).sum(-1), visible.astype(weights.dtype).sum(-1)
+  mass, count = jnp.abs(weights).sum(-1), counted(spec, visible, weights.dtype)
   rows, columns = q_tokens.rows(B, N), k_tokens.columns()
   weights = spec.edit(weights, rows, columns)
   grouped = weights.reshape(B, K, N // K, T, -1)
@@ -44,6 +44,11 @@ def unnormalised(
   return spec.normaliser.weigh(scores, visible, origin), peak, visible
 
 
+def counted(spec: AttentionSpec, visible: jax.Array, dtype) -> jax.Array:
+  """`Partial.count` of pairs (B, N, T, S), without its last axis."""
+  return (visible & spec.normaliser.counts).sum(-1, dtype=dtype)
+
+
 def weights(
   q: jax.Array, k: jax.Array, spec: AttentionSpec, q_tokens: Tokens, k_tokens: Tokens
 ) -> jax.Array:
@@ -53,7 +58,7 @@ def weights(
   """
   B, _, N, _ = q.shape
   w, peak, visible = unnormalised(q, k, spec, q_tokens, k_tokens)
-  mass, count = jnp.abs(w).sum(-1), visible.astype(w.dtype).sum(-1)
+  mass, count = jnp.abs(w).sum(-1), counted(spec, visible, w.dtype)
   w = spec.edit(w, q_tokens.rows(B, N), k_tokens.columns())
   row = Partial(out=w, mass=mass, peak=peak, count=count)
   row = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), row)  # values are rows of the identity

@@ -133,9 +133,9 @@ def attnx(
 
   Args:
     devices: of the topology.
-    direction: "forward", or "backward" for both and two backward kernels.
+    direction: "forward", or "backward" for both and the backward kernel.
     mask: one of `MASKS`; "segments" are known at run time only, as to the others.
-    blocks: q, k, rows, columns and ahead for each of forward, queries and keys.
+    blocks: q, k, rows, columns and ahead for each of forward and backward.
     length: T = S.
   """
   from attnx.attention import pallas_tpu

@@ -50,7 +50,8 @@ ROWS = {"f32": 8, "bf16": 16}
 ROWS_PER_PRODUCT = dict(v5e=2048, v5p=2048, v6e=1024, tpu7x=1024)
 PEAK_PER_PRODUCT = dict(v5e=512, v5p=512, v6e=256, tpu7x=256)
 PRODUCTS = dict(forward=2, dq=3, dkv=4, fused=5)
-OURS = dict(forward=0, dq=1, dkv=2)  # the place of a kernel in `tables.Chosen`
+OURS = dict(forward=0, fused=1)  # the place of a kernel in `tables.Chosen`
+PARTS = dict(forward=1, fused=2)  # regions that a body of ours has: copies are begun between two
 MASKED = ("causal", "local", "segments")  # masks that leave some tiles crossed
 LONG, LONG_CHIP = 2**15, "v6e"  # where memory is read
 MEMORY = [
@@ -65,9 +66,9 @@ def which(name: str, direction: str) -> str | None:
     return "forward"
   if "fwd" in name or "forward" in name:
     return None
-  if direction == "fused_backward":
+  if direction == "fused_backward" or "gradients" in name:
     return "fused"
-  return "dkv" if "dkv" in name or "keys" in name else "dq"
+  return "dkv" if "dkv" in name else "dq"
 
 
 def own_blocks(chip: str, length: int = cases.T) -> list[list[int]]:
@@ -126,11 +127,14 @@ def rows_of(setting: dict[str, Any], report: dict[str, Any]) -> list[dict[str, A
     kernel = which(name, setting["direction"])
     if not figures["floor"] or kernel is None:
       continue
-    bodies = [
-      dict(tiles=count, bundles=region["bundles"] / count)
+    parts = [
+      (count, region["bundles"])
       for region in figures["regions"]
       if (count := tiles(region, kernel, setting["chip"])) > 0.25
     ]
+    size = PARTS[kernel] if setting["series"] == "attnx" else 1
+    wholes = [map(sum, zip(*parts[n : n + size])) for n in range(0, len(parts), size)]
+    bodies = [dict(tiles=count, bundles=bundles / count) for count, bundles in wholes]
     count, hot = sum(body["tiles"] for body in bodies), figures["hot"]
     found.append(
       setting
@@ -256,8 +260,8 @@ def bars(rows: list[dict[str, Any]], chips: list[str]) -> list[list[str]]:
 
 
 def whole_backward(rows: list[dict[str, Any]], chips: list[str]) -> list[list[str]]:
-  """Bundles that a whole backward pass spends on a tile: two kernels, or the fused one."""
-  lines = ["chip, attnx dq + dkv, splash dq + dkv, splash fused, tokamax fused".split(", ")]
+  """Bundles that a whole backward pass spends on a tile: two kernels, or one."""
+  lines = ["chip, attnx, splash dq + dkv, splash fused, tokamax fused".split(", ")]
   for chip in chips:
     spent: dict[tuple[str, str], float] = {
       (kernel, row["series"]): bodies(row)[0]
@@ -265,9 +269,9 @@ def whole_backward(rows: list[dict[str, Any]], chips: list[str]) -> list[list[st
     }  # fmt: skip
     nothing = float("nan")
     of = lambda kernel, series: spent.get((kernel, series), nothing)
-    sums = [of("dq", series) + of("dkv", series) for series in ("attnx", "splash")]
-    fused = [of("fused", series) for series in ("splash", "tokamax")]
-    lines.append([chip, *(number(None if math.isnan(x) else x) for x in (*sums, *fused))])
+    two = of("dq", "splash") + of("dkv", "splash")
+    own, *fused = (of("fused", series) for series in ("attnx", "splash", "tokamax"))
+    lines.append([chip, *(number(None if math.isnan(x) else x) for x in (own, two, *fused))])
   return lines
 
 
@@ -276,7 +280,8 @@ def memory_table(memory: list[dict[str, Any]]) -> list[list[str]]:
   for row in memory:
     if "error" not in row:
       sizes = (row[f"{name}_bytes"] for name in ("argument", "output", "temp"))
-      kind = "fused" if row["direction"] == "fused_backward" else "two kernels"
+      one = row["series"] == "attnx" or row["direction"] == "fused_backward"
+      kind = "one kernel" if one else "two kernels"
       lines.append([row["series"], kind, row["mask"], *map(aot.size, sizes)])
   return lines
 

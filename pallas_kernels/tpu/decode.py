@@ -449,6 +449,6 @@ def _scaled(call: Call, given: Operands, step: Step, j: int, product: jax.Array)
 
 def _weigh(call: Call, algebra: Algebra, sums: Scratch, j: int, scores, visible, told):
   """Weights, and what the sums of values shrink by, or None; adds up mass, count and peak."""
-  seen = call.block // LANES if visible is True else lanes(jnp.where(visible, 1.0, 0.0))
-  sums.count[j] += seen
+  if algebra.counts:
+    sums.count[j] += call.block // LANES if visible is True else lanes(jnp.where(visible, 1.0, 0.0))
   return weigh(algebra, scores, told, sums.peak, sums.mass, j)

@@ -82,7 +82,7 @@ def forward(
       stand(facts_refs[0], standing)
 
     def visit(masked: bool):
-      if not masked:
+      if algebra.counts and not masked:
         full[0] += blocks.k
       facts = facts_of(facts_refs, standing, blocks, b, n)
       body(facts, masked, q_ref, k_ref, v_ref, acc, mass, peak, count)
@@ -103,8 +103,7 @@ def forward(
     kernel, plan, (call.B if plan.shared else 1, call.N, plan.count),
     [*sides_of(q_side, k_side, blocks, where), *operand_specs,
      row(call.H), column(call.H), column(call.V)],
-    [row(call.V),
-     block_of((None, None, SUBLANES, blocks.q), lambda p: (p.b, p.n, 0, p.i), where)],
+    [row(call.V), _statistics(blocks, where)],
     [((call.B, call.N, call.T, call.V), F32), ((call.B, call.N, SUBLANES, call.T), F32)],
     [pltpu.VMEM((blocks.q, call.V), jnp.float32), *[statistic] * 3,
      upright(blocks.q), pltpu.SMEM((1,), jnp.int32)],
@@ -125,7 +124,7 @@ def _forward_tile(facts, masked, q_ref, k_ref, v_ref, acc, mass, peak, count, *,
     read = dot(edited, v_ref[pl.ds(c, C)], (1, 0))
     seen = acc[rows]
     acc[rows] = (seen if factor is None else seen * wide(factor, read.shape[1])) + read
-    if masked:
+    if algebra.counts and masked:
       count[rows] += lanes(jnp.where(visible, 1.0, 0.0))
 
 
@@ -159,40 +158,30 @@ def _pulled(
   return pull
 
 
-def gradient_of_queries(
+def gradient_of_tables(
   q, k, v, q_side, k_side, operands, kinds, rows, grad,
   *, algebra: Algebra, layout: Sequence[Operand] = (), blocks: Blocks = Blocks(),
   interpret: Any = False,
-) -> tuple[jax.Array, list[jax.Array]]:  # fmt: skip
-  """What out and mass pull back to queries and to the floating operands by row.
+) -> list[jax.Array]:  # fmt: skip
+  """What out and mass pull back to the floating operands that are handed over by row.
 
-  Args:
-    q, k, v, q_side, k_side, operands, kinds, algebra, layout, blocks, interpret: as for `forward`.
-    rows: (B, N, 8, T) float32; row ORIGIN is the peak, finite, and row SLOPE the cotangent of mass.
-    grad: (B, N, T, V), the cotangent of out.
+  Args: as for `gradients`.
 
   Returns:
-    (B, N, T, H) in the dtype of q, and for each such operand (#B, #N, #T, X) an array (B, N, T or
-    T / blocks.q, X) float32, to be summed where the operand has an axis of one.
+    For each such operand (#B, #N, #T, X) an array (B, N, T or T / blocks.q, X) float32, to be
+    summed where the operand has an axis of one.
   """
   call, plan = Call.of(q, k, v, blocks), visits(kinds)
   where = lambda b, n, t, batch, line, at, flags: Place(b + batch[t], n, line[t], at[t])
   operand_specs, row, column = inputs_of(call, blocks, where, operands, layout)
-  moving = [
-    x for x, o in zip(operands, layout) if not o.pairs and jnp.issubdtype(x.dtype, jnp.floating)
-  ]
-  body = functools.partial(_query_tile, algebra=algebra, blocks=blocks, layout=layout)
+  moving = by_row(operands, layout)
   whole, some = occurring(kinds)
-  tables = [
-    block_of((None, None, None, blocks.q if x.shape[2] > 1 else 1, x.shape[3]),
-             lambda p: (p.b, p.n, p.i, 0, 0), where)
-    for x in moving
-  ]  # fmt: skip
+  length = lambda x: blocks.q if x.shape[2] > 1 else 1
+  R, C = blocks.rows, blocks.columns
 
   def kernel(batch, line, at, flags, *refs):
     facts_refs, rest = refs[: 2 + len(operands)], refs[2 + len(operands) :]
-    q_ref, k_ref, v_ref, rows_ref, grad_ref, dq_ref, *table_refs = rest[:-4]
-    dq, origin, slope, standing = rest[-4:]
+    q_ref, k_ref, v_ref, rows_ref, grad_ref, *table_refs, origin, slope, standing = rest
     t = pl.program_id(2)
     b, n = pl.program_id(0) + batch[t], pl.program_id(1)
 
@@ -202,68 +191,70 @@ def gradient_of_queries(
       for ref, which in ((origin, ORIGIN), (slope, SLOPE)):
         ref[...] = jnp.broadcast_to(told[:, which : which + 1], ref.shape)
       stand(facts_refs[0], standing)
-      for ref in (dq, *table_refs):
+      for ref in table_refs:
         ref[...] = jnp.zeros(ref.shape, jnp.float32)
+
+    def start(r, c):
+      rows, columns = pl.ds(r, R), pl.ds(c, C)
+      return dot(q_ref[rows], k_ref[columns], (1, 1)), dot(grad_ref[rows], v_ref[columns], (1, 1))
 
     def visit(masked: bool):
       facts = facts_of(facts_refs, standing, blocks, b, n)
-      body(facts, masked, q_ref, k_ref, v_ref, grad_ref, origin, slope, dq, table_refs)
+      for (r, c), of in ahead(blocks.pieces(), start, blocks.ahead):
+        rows = pl.ds(r, R)
+        told = wide(origin[rows], C), wide(slope[rows], C)
+        *_, moved = _pulled(algebra, layout, masked, facts(r, c), *told)(*of)
+        for ref, table in zip(table_refs, moved, strict=True):
+          ref[rows if ref.shape[0] > 1 else slice(None)] += table
 
     by_kind(flags[t], visit, whole, some)
 
-    @pl.when((flags[t] & LAST) > 0)
-    def _():
-      dq_ref[...] = dq[...].astype(dq_ref.dtype)
-
   told = pltpu.VMEM((blocks.q, LANES), jnp.float32)
-  lines = call.T // blocks.q
-  out, *grads = run(
+  grads = run(
     kernel, plan, (call.B if plan.shared else 1, call.N, plan.count),
     [*sides_of(q_side, k_side, blocks, where), *operand_specs,
-     row(call.H), column(call.H), column(call.V),
-     block_of((None, None, SUBLANES, blocks.q), lambda p: (p.b, p.n, 0, p.i), where), row(call.V)],
-    [row(call.H), *tables],
-    [(q.shape, q.dtype),
-     *(((call.B, call.N, lines, blocks.q if x.shape[2] > 1 else 1, x.shape[3]), F32)
-       for x in moving)],
-    [pltpu.VMEM((blocks.q, call.H), jnp.float32), told, told, upright(blocks.q)],
+     row(call.H), column(call.H), column(call.V), _statistics(blocks, where), row(call.V)],
+    [block_of((None, None, None, length(x), x.shape[3]), lambda p: (p.b, p.n, p.i, 0, 0), where)
+     for x in moving],
+    [((call.B, call.N, call.T // blocks.q, length(x), x.shape[3]), F32) for x in moving],
+    [told, told, upright(blocks.q)],
     (eight(q_side), eight(k_side), *operands, q, k, v, rows, grad),
-    interpret, "attnx_gradient_of_queries",
+    interpret, "attnx_gradient_of_tables",
   )  # fmt: skip
-  return out, [x.reshape(call.B, call.N, -1, x.shape[-1]) for x in grads]
+  return [x.reshape(call.B, call.N, -1, x.shape[-1]) for x in grads]
 
 
-def _query_tile(
-  facts, masked, q_ref, k_ref, v_ref, grad_ref, origin, slope, dq, table_refs,
-  *, algebra, blocks, layout,
-):  # fmt: skip
-  R, C = blocks.rows, blocks.columns
-
-  def start(r, c):
-    rows, columns = pl.ds(r, R), pl.ds(c, C)
-    return dot(q_ref[rows], k_ref[columns], (1, 1)), dot(grad_ref[rows], v_ref[columns], (1, 1))
-
-  for (r, c), of in ahead(blocks.pieces(), start, blocks.ahead):
-    rows = pl.ds(r, R)
-    told = wide(origin[rows], C), wide(slope[rows], C)
-    _, products, tables = _pulled(algebra, layout, masked, facts(r, c), *told)(*of)
-    dq[rows] += dot(products.astype(k_ref.dtype), k_ref[pl.ds(c, C)], (1, 0))
-    for ref, table in zip(table_refs, tables, strict=True):
-      ref[rows if ref.shape[0] > 1 else slice(None)] += table
+def by_row(operands: Sequence[jax.Array], layout: Sequence[Operand]) -> list[jax.Array]:
+  """The floating operands that are handed over by row."""
+  kinds = zip(operands, layout, strict=True)
+  return [x for x, o in kinds if not o.pairs and jnp.issubdtype(x.dtype, jnp.floating)]
 
 
-def gradient_of_keys(
+def _statistics(blocks: Blocks, where) -> pl.BlockSpec:
+  """Of what rows are told, or tell."""
+  return block_of((None, None, SUBLANES, blocks.q), lambda p: (p.b, p.n, 0, p.i), where)
+
+
+def gradients(
   q, k, v, q_side, k_side, operands, kinds, rows, grad,
   *, algebra: Algebra, layout: Sequence[Operand] = (), blocks: Blocks = Blocks(),
   interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-  """What out and mass pull back to keys and values, summed over the heads that share them.
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+  """What out and mass pull back to queries, keys and values, in one pass over the tiles.
 
-  Arguments as for `gradient_of_queries`. Where the algebra turns, tiles are (K, Q): statistics of
-  rows then lie along lanes, and no tile is transposed for the two products with it.
+  Blocks of keys are lines, so that dk and dv are summed in VMEM, over the heads that share them,
+  too. dq is summed in HBM: a visit fetches what the lines before have left of its block while it
+  computes its own part, adds the two, and sends them back while the next visit computes; no copy
+  is begun before the last one has ended. Where the algebra turns, tiles are (K, Q): statistics of
+  rows then lie along lanes, and no tile is transposed for its products with q and the cotangents.
+
+  Args:
+    q, k, v, q_side, k_side, operands, kinds, algebra, layout, blocks, interpret: as for `forward`.
+    rows: (B, N, 8, T) float32; row ORIGIN is the peak, finite, and row SLOPE the cotangent of mass.
+    grad: (B, N, T, V), the cotangent of out.
 
   Returns:
-    (B, K, S, H) and (B, K, S, V), in the dtypes of k and v.
+    (B, N, T, H) float32, and (B, K, S, H) and (B, K, S, V) in the dtypes of k and v.
   """
   call, plan = Call.of(q, k, v, blocks), visits(kinds, by_key=True)
   group = call.N // call.K
@@ -271,14 +262,24 @@ def gradient_of_keys(
     b + batch[t], kn * group + g, at[t], line[t]
   )
   operand_specs, row, column = inputs_of(call, blocks, where, operands, layout)
-  body = functools.partial(_key_tile, algebra=algebra, blocks=blocks, layout=layout)
+  body = functools.partial(_gradients_of_tile, algebra=algebra, blocks=blocks, layout=layout)
   whole, some = occurring(kinds)
 
   def kernel(batch, line, at, flags, *refs):
     facts_refs, rest = refs[: 2 + len(operands)], refs[2 + len(operands) :]
-    q_ref, k_ref, v_ref, rows_ref, grad_ref, dk_ref, dv_ref, dk, dv, standing = rest
+    q_ref, k_ref, v_ref, rows_ref, grad_ref, _, dk_ref, dv_ref, sums = rest[:9]
+    dq, dk, dv, block, standing, fetched, stored = rest[9:]
     t, g = pl.program_id(2), pl.program_id(3)
     b, n = pl.program_id(0) + batch[t], pl.program_id(1) * group + g
+    begins, ends = (t == 0) & (g == 0), (t == pl.num_programs(2) - 1) & (g == group - 1)
+    there = sums.at[b, n, pl.ds(pl.multiple_of(at[t] * blocks.q, blocks.q), blocks.q)]
+    fetch = pltpu.make_async_copy(there, block, fetched)
+    store = pltpu.make_async_copy(block, there, stored)
+
+    @pl.when(begins)
+    def _():  # so that there is always one copy to wait for
+      block[...] = jnp.zeros(block.shape, jnp.float32)
+      store.start()
 
     @pl.when(((flags[t] & FIRST) > 0) & (g == 0))
     def _():
@@ -287,54 +288,73 @@ def gradient_of_keys(
       if algebra.turns:
         stand(facts_refs[1], standing)
 
+    def midway():
+      store.wait()
+      fetch.start()
+
     def visit(masked: bool):
       if not algebra.turns:
         stand(facts_refs[0], standing)
+      dq[...] = jnp.zeros(dq.shape, jnp.float32)
       facts = facts_of(facts_refs, standing, blocks, b, n, turned=algebra.turns)
-      body(facts, masked, q_ref, k_ref, v_ref, rows_ref, grad_ref, dk, dv)
+      body(facts, masked, midway, q_ref, k_ref, v_ref, rows_ref, grad_ref, dq, dk, dv)
+      fetch.wait()
+      block[...] += dq[...]
+      store.start()
 
     by_kind(flags[t], visit, whole, some)
+    pl.when(ends)(store.wait)
 
     @pl.when(((flags[t] & LAST) > 0) & (g == group - 1))
     def _():
       dk_ref[...] = dk[...].astype(dk_ref.dtype)
       dv_ref[...] = dv[...].astype(dv_ref.dtype)
 
-  dk, dv = run(
+  f32 = lambda length, width: pltpu.VMEM((length, width), jnp.float32)
+  inputs = (eight(q_side), eight(k_side), *operands, q, k, v, rows, grad)
+  dk, dv, dq = run(
     kernel, plan, (call.B if plan.shared else 1, call.K, plan.count, group),
     [*sides_of(q_side, k_side, blocks, where), *operand_specs,
-     row(call.H), column(call.H), column(call.V),
-     block_of((None, None, SUBLANES, blocks.q), lambda p: (p.b, p.n, 0, p.i), where), row(call.V)],
-    [column(call.H), column(call.V)],
-    [(k.shape, k.dtype), (v.shape, v.dtype)],
-    [pltpu.VMEM((blocks.k, call.H), jnp.float32), pltpu.VMEM((blocks.k, call.V), jnp.float32),
-     upright(blocks.k if algebra.turns else blocks.q)],
-    (eight(q_side), eight(k_side), *operands, q, k, v, rows, grad),
-    interpret, "attnx_gradient_of_keys",
+     row(call.H), column(call.H), column(call.V), _statistics(blocks, where), row(call.V),
+     pl.BlockSpec(memory_space=pl.ANY)],
+    [column(call.H), column(call.V), pl.BlockSpec(memory_space=pl.ANY)],
+    [(k.shape, k.dtype), (v.shape, v.dtype), (q.shape, F32)],
+    [f32(blocks.q, call.H), f32(blocks.k, call.H), f32(blocks.k, call.V), f32(blocks.q, call.H),
+     upright(blocks.k if algebra.turns else blocks.q),
+     pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.DMA],
+    (*inputs, jnp.zeros(q.shape, jnp.float32)),
+    interpret, "attnx_gradients", aliases={4 + len(inputs): 2},
   )  # fmt: skip
-  return dk, dv
+  return dq, dk, dv
 
 
-def _key_tile(
-  facts, masked, q_ref, k_ref, v_ref, rows_ref, grad_ref, dk, dv, *, algebra, blocks, layout
-):
+def _gradients_of_tile(
+  facts, masked, midway, q_ref, k_ref, v_ref, rows_ref, grad_ref, dq, dk, dv,
+  *, algebra, blocks, layout,
+):  # fmt: skip
+  """Adds those of every piece to dq, dk and dv, and calls `midway` between the pieces."""
   R, C = blocks.rows, blocks.columns
   turned = algebra.turns
+  key = 0 if turned else 1  # the axis of a tile that runs along the keys
 
   def start(r, c):
     rows, columns = pl.ds(r, R), pl.ds(c, C)
     sides = (q_ref[rows], k_ref[columns]), (grad_ref[rows], v_ref[columns])
     return [dot(*(pair[::-1] if turned else pair), (1, 1)) for pair in sides]
 
-  for (r, c), of in ahead(blocks.pieces(), start, blocks.ahead):
+  pieces = blocks.pieces()
+  for n, ((r, c), of) in enumerate(ahead(pieces, start, blocks.ahead)):
+    if n == len(pieces) // 2:
+      midway()
     rows, columns = pl.ds(r, R), pl.ds(c, C)
     told = [rows_ref[which : which + 1, rows] for which in (ORIGIN, SLOPE)]
     if not turned:
       told = [_column(x) for x in told]
     edited, products, _ = _pulled(algebra, layout, masked, facts(r, c), *told)(*of)
-    over = 1 if turned else 0
-    dk[columns] += dot(products.astype(q_ref.dtype), q_ref[rows], (over, 0))
-    dv[columns] += dot(edited.astype(grad_ref.dtype), grad_ref[rows], (over, 0))
+    products = products.astype(q_ref.dtype)
+    dq[rows] += dot(products, k_ref[columns], (key, 0))
+    dk[columns] += dot(products, q_ref[rows], (1 - key, 0))
+    dv[columns] += dot(edited.astype(grad_ref.dtype), grad_ref[rows], (1 - key, 0))
 
 
 def _column(row: jax.Array) -> jax.Array:
@@ -349,7 +369,7 @@ def gradient_of_pairs(
 ) -> jax.Array:  # fmt: skip
   """What out and mass pull back to an operand of pairs, (#B, #N, #T, #S) float32.
 
-  Arguments as for `gradient_of_queries`, and the number of the operand. The axes over which it is
+  Arguments as for `gradients`, and the number of the operand. The axes over which it is
   one are walked innermost, so that a block of it is summed while it stays in fast memory.
   """
   call, of = Call.of(q, k, v, blocks), operands[number]
@@ -368,7 +388,6 @@ def gradient_of_pairs(
     return Place(at["b"], at["n"], *((j, i) if by_key else (i, j)))
 
   operand_specs, row, column = inputs_of(call, blocks, where, operands, layout)
-  stats = block_of((None, None, SUBLANES, blocks.q), lambda p: (p.b, p.n, 0, p.i), where)
 
   def kernel(batch, line, at, flags, *refs):
     facts_refs, rest = refs[: 2 + len(operands)], refs[2 + len(operands) :]
@@ -407,8 +426,8 @@ def gradient_of_pairs(
   return run(
     kernel, plan, tuple(size[axis] for axis in order),
     [*sides_of(q_side, k_side, blocks, where), *operand_specs,
-     row(call.H), column(call.H), column(call.V), stats, row(call.V),
+     row(call.H), column(call.H), column(call.V), _statistics(blocks, where), row(call.V),
      pl.BlockSpec(memory_space=pl.ANY)],
     [out_spec], [(of.shape, F32)], [upright(blocks.q)], (*inputs, jnp.zeros(of.shape, jnp.float32)),
-    interpret, "attnx_gradient_of_pairs", aliases={4 + len(inputs): 0},
+    interpret, "attnx_gradient_of_pairs", aliases={4 + len(inputs): 0}, apart=0,
   )[0]  # fmt: skip

@@ -228,11 +228,14 @@ def by_kind(flags, body: Callable[[bool], None], whole: bool, some: bool) -> Non
 
 
 def run(
-  kernel, plan, grid, in_specs, out_specs, kinds, scratch, inputs, interpret, name, aliases=None
+  kernel, plan, grid, in_specs, out_specs, kinds, scratch, inputs, interpret, name, aliases=None,
+  apart=2,
 ):  # fmt: skip
-  """The call of a kernel that follows a list of visits; `kinds` are (shape, dtype) of outputs."""
+  """The call of a kernel that follows a list of visits; `kinds` are (shape, dtype) of outputs.
+
+  The steps of the first `apart` axes of the grid share no sums.
+  """
   vary = jax.typeof(inputs[-1]).manual_axis_type  # inside of `jax.shard_map`: as queries do
-  apart = 0 if aliases else 2  # grid axes whose steps share no sums
   semantics = ["parallel"] * apart + ["arbitrary"] * (len(grid) - apart)
   return pl.pallas_call(
     kernel,

@@ -178,12 +178,12 @@ class Mega(Mixer):
 
 
 def count(mask: Mask, q: Tokens, k: Tokens) -> jax.Array:
-  """How many keys each query sees, at least 1, (#B, T, 1)."""
+  """How many keys each query sees, at least 1, (#B, T, 1): the mass of as many weights of 1."""
   batch = max(x.shape[0] for x in jax.tree.leaves((q, k)))
   nothing = lambda tokens: jnp.zeros((batch, tokens.position.shape[1], 1, 1))
   spec = AttentionSpec(mask=mask)
   p = attend_partial(nothing(q), nothing(k), nothing(k), spec, q_tokens=q, k_tokens=k)
-  return jnp.maximum(p.count, 1.0)
+  return jnp.maximum(p.mass, 1.0)
 
 
 ENTRY = Entry(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ class Laplace(Normaliser):
   queries so; elsewhere outputs grow with n. Scores (B, N, T, S) of any float dtype
   (arXiv:2209.10655).
   """
+
+  counts: ClassVar[bool] = False
 
   def weigh(self, scores: jax.Array, visible: jax.Array, peak: jax.Array) -> jax.Array:
     del peak

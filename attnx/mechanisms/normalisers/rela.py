@@ -29,6 +29,7 @@ class ReLA(Normaliser):
   """
 
   needs: ClassVar[frozenset[str]] = frozenset({"heads", "parameters"})
+  counts: ClassVar[bool] = False
 
   scale: jax.Array
   gate: jax.Array

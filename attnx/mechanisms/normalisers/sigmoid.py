@@ -22,6 +22,8 @@ class Sigmoid(Normaliser):
     bias: -log(n) for training on rows of n keys; with 0 outputs grow like n.
   """
 
+  counts: ClassVar[bool] = False
+
   bias: float = struct.static()
 
   def weigh(self, scores: jax.Array, visible: jax.Array, peak: jax.Array) -> jax.Array:
