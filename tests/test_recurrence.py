@@ -11,7 +11,7 @@ from attnx.recurrence.convolution import exponential_convolution, exponential_ke
 from attnx.recurrence.convolution import exponential_step, long_convolution, short_convolution
 from attnx.recurrence.delta import delta_rule
 from attnx.recurrence.diagonal import diagonal_scan
-from attnx.recurrence.linear import linear_attention, linear_attention_step
+from attnx.recurrence.linear import linear_attention
 
 B, T, N, K, H, V = 2, 37, 4, 2, 8, 6
 CHUNKS = (1, 4, 16, 64, T)  # none but 1 and T divides T
@@ -162,7 +162,8 @@ def test_two_calls_that_hand_over_the_state_are_one_call(delta):
 
 def test_a_decode_step_is_one_more_token():
   x = jax.tree.map(jnp.float32, arrays("scalar", bonus=True))
-  (out, last), state, step = recurrence(x), x["state"], jax.jit(linear_attention_step)
+  step = jax.jit(functools.partial(linear_attention, chunk=1))
+  (out, last), state = recurrence(x), x["state"]
   for t in range(T):
     token = {n: x[n][:, t : t + 1] for n in ("q", "k", "v", "log_decay")}
     y, state = step(**token, bonus=x["bonus"], state=state)

@@ -14,7 +14,8 @@ CLUSTER = (  # what goes over devices and processes, which nobody needs for a mo
 )  # fmt: skip
 KERNELS = (  # what hands specs to kernels, one file for each kind of chip
   "attnx/attention/by_tile.py", "attnx/attention/handed.py", "attnx/attention/pallas_tpu.py",
-  "attnx/recurrence/pallas_tpu.py",
+  "attnx/attention/mosaic_gpu.py", "attnx/attention/cudnn.py", "attnx/attention/cudnn_spec.py",
+  "attnx/recurrence/pallas_tpu.py", "attnx/recurrence/mosaic_gpu.py",
 )  # fmt: skip
 FILES = {str(path.relative_to(ROOT)): path for path in ROOT.glob("attnx/**/*.py")}
 APART = ENTRIES + CLUSTER + KERNELS
@@ -64,8 +65,8 @@ def test_what_goes_over_devices_and_processes_stays_under_2000_lines_of_code():
   assert sum(code(path) for name, path in FILES.items() if name.startswith(CLUSTER)) < 2000
 
 
-def test_what_hands_specs_to_kernels_stays_under_800_lines_of_code():
-  assert sum(code(path) for name, path in FILES.items() if name in KERNELS) < 800
+def test_what_hands_specs_to_kernels_stays_under_1000_lines_of_code():
+  assert sum(code(path) for name, path in FILES.items() if name in KERNELS) < 1000
 
 
 def test_no_line_is_longer_than_100_columns():

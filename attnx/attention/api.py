@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnx.attention import chunked, pallas_tpu, reference
+from attnx.attention import chunked, cudnn, mosaic_gpu, pallas_tpu, reference
 from attnx.attention import plan as plans
 from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec, Need
@@ -32,24 +32,31 @@ class Implementation:
   Attributes:
     partial: (q, k, v, spec, q_tokens, k_tokens) -> Partial.
     offers: the needs that it can meet; see `AttentionSpec.needs`.
-    refusal: says why a call cannot run here, or None when it can.
+    refusal: (q, k, v, spec, q_tokens, k_tokens) -> why a call cannot run here, None when it can.
     plan: (spec, q, k, v, q_tokens, k_tokens) -> which tiles it visits; None: it knows no tiles.
+    measured: whether it has run where it is for; "auto" takes no other.
   """
 
   partial: Callable[..., Partial]
   offers: frozenset[str] = frozenset()
-  refusal: Callable[..., str | None] = lambda q, k, v, spec: None
+  refusal: Callable[..., str | None] = lambda *call: None
   plan: Callable[..., plans.Summary] | None = None
+  measured: bool = True
 
-  def why_not(self, q, k, v, spec: AttentionSpec) -> str | None:
+  def why_not(self, q, k, v, spec: AttentionSpec, *tokens: Tokens) -> str | None:
     if missing := spec.needs - self.offers:
       return f"does not offer {sorted(map(str, missing))}"
-    return self.refusal(q, k, v, spec)
+    return self.refusal(q, k, v, spec, *tokens)
 
 
+TILES = frozenset(Need) - {Need.ROW}
 IMPLEMENTATIONS = {  # in order of preference
-  "pallas_tpu": Implementation(
-    pallas_tpu.partial, frozenset(Need) - {Need.ROW}, pallas_tpu.refusal, pallas_tpu.summary
+  "pallas_tpu": Implementation(pallas_tpu.partial, TILES, pallas_tpu.refusal, pallas_tpu.summary),
+  "cudnn": Implementation(
+    cudnn.partial, frozenset({Need.INDEX, Need.PARAMETERS}), cudnn.refusal, measured=False
+  ),
+  "mosaic_gpu": Implementation(
+    mosaic_gpu.partial, TILES, mosaic_gpu.refusal, mosaic_gpu.summary, measured=False
   ),
   "chunked": Implementation(chunked.partial, frozenset(Need), plan=plans.summary),
   "reference": Implementation(reference.partial, offers=frozenset(Need)),
@@ -72,19 +79,19 @@ def listening(listener: Callable[..., None]) -> Iterator[None]:
     LISTENER.reset(token)
 
 
-def choose(q, k, v, spec: AttentionSpec, implementation: str = "auto") -> str:
+def choose(q, k, v, spec: AttentionSpec, *tokens: Tokens, implementation: str = "auto") -> str:
   """The name of the implementation that will run.
 
   Raises:
     UnsupportedError: none can, with the reason of each refusal.
     ValueError: there is no implementation of that name.
   """
-  names = list(IMPLEMENTATIONS) if implementation == "auto" else [implementation]
+  measured = [name for name, one in IMPLEMENTATIONS.items() if one.measured]
   refusals = {}
-  for name in names:
+  for name in measured if implementation == "auto" else [implementation]:
     if name not in IMPLEMENTATIONS:
       raise ValueError(f"implementation={name!r} is not one of {['auto', *IMPLEMENTATIONS]}")
-    if (reason := IMPLEMENTATIONS[name].why_not(q, k, v, spec)) is None:
+    if (reason := IMPLEMENTATIONS[name].why_not(q, k, v, spec, *tokens)) is None:
       return name
     refusals[name] = reason
   raise UnsupportedError(
@@ -147,7 +154,7 @@ def attend_partial(
     parts = together((query, key, value, spec, q_tokens, k_tokens))
     query, key, value, spec, q_tokens, k_tokens = parts
   LISTENER.get()(query, key, value, spec, q_tokens, k_tokens)
-  name = choose(query, key, value, spec, implementation)
+  name = choose(query, key, value, spec, q_tokens, k_tokens, implementation=implementation)
   return IMPLEMENTATIONS[name].partial(query, key, value, spec, q_tokens, k_tokens)
 
 

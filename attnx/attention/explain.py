@@ -19,7 +19,8 @@ class Row:
 
   Attributes:
     name: of the implementation.
-    verdict: "runs" for the one that "auto" takes, "could run", or why not.
+    verdict: "runs" for the one that "auto" takes, "could run" for those that come after it or
+      have not been measured yet, or why not.
     flops: of the two products over the tiles that it visits, forward; None where it cannot run.
     bytes: of the arguments and the result, which have to be moved at least once.
     memory: temporary bytes of the compiled forward pass on this backend.
@@ -95,12 +96,12 @@ def explain(
   for name, implementation in api.IMPLEMENTATIONS.items():
     if implementation.plan is not None and spec.needs <= implementation.offers:
       tiles[name] = implementation.plan(spec, q, k, v, q_tokens, k_tokens)
-    if (reason := implementation.why_not(q, k, v, spec)) is not None:
+    if (reason := implementation.why_not(q, k, v, spec, q_tokens, k_tokens)) is not None:
       rows.append(Row(name, reason))
       continue
     memory = temporary(implementation.partial, shapes, spec, q_tokens, k_tokens)
     pairs = tiles[name].pairs if name in tiles else T * S
-    taken = any(row.verdict == "runs" for row in rows)
+    taken = any(row.verdict == "runs" for row in rows) or not implementation.measured
     flops = 2 * B * N * (H + V) * pairs
     rows.append(Row(name, "could run" if taken else "runs", flops, moved, memory))
   call = (

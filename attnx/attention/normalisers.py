@@ -69,7 +69,7 @@ class Softmax(Normaliser):
     return jnp.exp(jnp.where(visible, scores - peak, -jnp.inf))
 
   def finish(self, p):
-    return p.out / jnp.where(p.mass > 0, p.mass, 1.0)[..., None]
+    return p.out / jnp.where(p.mass > 0, p.mass, 1.0)[..., None] if p.whole is None else p.whole
 
 
 class Projection(Normaliser):

@@ -184,7 +184,9 @@ def _exist(tokens: Tokens) -> bool:
   return isinstance(tokens.position, np.ndarray) and bool((tokens.position >= 0).all())
 
 
-def refusal(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> str | None:
+def refusal(
+  q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, *tokens: Tokens
+) -> str | None:
   """Why a call cannot run in the kernels here; None if it can."""
   if jax.default_backend() != "tpu":
     return f"runs on TPU, not on {jax.default_backend()}"

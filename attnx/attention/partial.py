@@ -19,12 +19,15 @@ class Partial:
       0 for normalisers that do not rescale, -inf where nothing was seen. It is a choice of unit,
       not a result: it carries no gradient, and what `finish` returns does not depend on it.
     count: number of keys that were visible, (B, T, N), for normalisers that count, else 0.
+    whole: out / mass, from what divides by itself, (B, T, N, V), 0 where nothing was seen. Reading
+      it, and not the two, keeps a gradient from going through mass. Merging drops it.
   """
 
   out: jax.Array
   mass: jax.Array
   peak: jax.Array
   count: jax.Array
+  whole: jax.Array | None = None
 
 
 def empty(shape: tuple[int, ...], dtype=jnp.float32) -> Partial:
@@ -40,7 +43,7 @@ def from_lse(out: jax.Array, lse: jax.Array, count: jax.Array) -> Partial:
   """
   peak = jax.lax.stop_gradient(lse)
   mass = jnp.where(jnp.isneginf(peak), 0.0, jnp.exp(lse - jnp.where(jnp.isneginf(peak), 0.0, peak)))
-  return Partial(out=out * mass[..., None], mass=mass, peak=peak, count=count)
+  return Partial(out=out * mass[..., None], mass=mass, peak=peak, count=count, whole=out)
 
 
 def rebase(p: Partial, peak: jax.Array) -> Partial:

@@ -74,19 +74,6 @@ def linear_attention(
   return chunks.join(out, T), state
 
 
-def linear_attention_step(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  log_decay: jax.Array | None = None,
-  *,
-  bonus: jax.Array | None = None,
-  state: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """`linear_attention` token by token, for decoding: arrays (B, T, ...), usually with T = 1."""
-  return linear_attention(q, k, v, log_decay, bonus=bonus, state=state, chunk=1)
-
-
 def along(log_decay: jax.Array, shape: tuple[int, int, int, int]) -> jax.Array:
   """A log decay that broadcasts to (B, T, N, H), as (#B, T, #N, #H).
 

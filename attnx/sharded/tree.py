@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,7 @@ def merge_tree(
   """
   if reduction not in REDUCTIONS:
     raise ValueError(f"reduction={reduction!r} must be one of {', '.join(REDUCTIONS)}")
+  p = dataclasses.replace(p, whole=None)
   for axis_name in (axis_names,) if isinstance(axis_names, str) else axis_names:
     p = REDUCTIONS[reduction](p, axis_name)
   return p

@@ -1,0 +1,243 @@
+"""Attention in fused kernels for Hopper GPUs, for every spec whose parts work number by number."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.extend.core import jaxprs_in_params
+import jax.numpy as jnp
+import numpy as np
+
+from attnx.attention import by_tile
+from attnx.attention import plan as plans
+from attnx.attention.handed import Handed, hand_over, padded, sides
+from attnx.attention.partial import Partial
+from attnx.attention.spec import AttentionSpec
+from attnx.core.tokens import Tokens
+from attnx.core.varying import alone
+from pallas_kernels.algebra import FLOOR, Algebra, Facts, Side
+from pallas_kernels.gpu import backward, streaming
+from pallas_kernels.gpu.tiles import Chosen, choose
+from pallas_kernels.visits import Operand
+
+LIST = 2**24  # tiles of a plan, of which a kernel reads one number each: 64 MiB
+WIDTHS = range(32, 257, 32)  # of heads
+
+
+def partial(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  spec: AttentionSpec,
+  q_tokens: Tokens,
+  k_tokens: Tokens,
+  *,
+  blocks: Chosen | None = None,
+  interpret: Any = False,
+) -> Partial:
+  """`reference.partial` without the scores ever leaving registers, and its gradient.
+
+  Products are added up in float32, weights are rounded to the dtype of the inputs before they read
+  values, and softmax takes its exponentials to base 2. Reverse-mode derivatives of first order.
+
+  Args:
+    q, k, v, spec, q_tokens, k_tokens: as for `attend`; shapes have been checked.
+    blocks: how the work is cut; by `pallas_kernels.gpu.tiles` if None.
+    interpret: emulate on CPU, for tests: `InterpretGPUParams`.
+  """
+  T, H, S = q.shape[1], q.shape[3], k.shape[1]
+  handed = hand_over(spec, q, q_tokens, k_tokens)
+  blocks = cut(q, v, handed) if blocks is None else blocks
+  cuts = _cuts(blocks, H, v.shape[3])
+  rows, columns = (
+    -(-length // math.lcm(*sizes)) * math.lcm(*sizes)
+    for length, sizes in zip((T, S), zip(*cuts), strict=True)
+  )
+  tokens = plans.pad(q_tokens, rows), plans.pad(k_tokens, columns)
+  kinds = tuple(plans.rows(spec.mask, *tokens, *cut).kinds() for cut in cuts)
+  exist = rows == T and columns == S and all(map(_exist, tokens))
+  algebra = dataclasses.replace(by_tile.algebra(spec, handed, H, q.dtype, exist), turns=True)
+  run = _Run(algebra, handed, blocks, interpret, kinds)
+  traced = None if isinstance(kinds[0], np.ndarray) else kinds
+  p = run.fold(
+    q, k, v, [padded(operand, rows, columns) for operand in handed.operands],
+    (sides(q_tokens, rows), sides(k_tokens, columns)), traced,
+  )  # fmt: skip
+  by_row = lambda x: jnp.swapaxes(x, 1, 2)
+  return Partial(p.out, by_row(p.mass), by_row(p.peak), by_row(p.count))
+
+
+def cut(q, v, handed: Handed) -> Chosen:
+  """How the kernels cut a call: as the table of the chip says, and where operands take registers,
+
+  gradients of queries in tiles of 64 keys.
+  """
+  blocks = choose(q.shape[3], v.shape[3], q.dtype)
+  if not handed.operands:
+    return blocks
+  return blocks._replace(queries=dataclasses.replace(blocks.queries, k=min(64, blocks.queries.k)))
+
+
+def _cuts(blocks: Chosen, H: int, V: int) -> list[tuple[int, int]]:
+  """Queries and keys of a tile of each kernel's plan."""
+  keys = blocks.keys.k, backward.keys_of_line(blocks.keys, H, V)
+  return [*((cut.line, cut.k) for cut in (blocks.forward, blocks.queries)), keys]
+
+
+def _exist(tokens: Tokens) -> bool:
+  """Whether every token is known to exist before anything runs."""
+  return isinstance(tokens.position, np.ndarray) and bool((tokens.position >= 0).all())
+
+
+def summary(spec: AttentionSpec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> plans.Summary:
+  """The plan that the forward kernel follows for a call; arrays may be shapes only."""
+  blocks = choose(q.shape[3], v.shape[3], q.dtype).forward
+  outcome = plans.outcome(spec.mask, q_tokens, k_tokens, blocks.line, blocks.k)
+  return dataclasses.replace(outcome, pieces=f"{blocks.q} x {blocks.k}")
+
+
+class _Run:
+  """The forward and the backward kernels of one call, as a function with a gradient.
+
+  `kinds` are those of the plans of the three kernels, which share sides and operands.
+  """
+
+  def __init__(self, algebra: Algebra, handed: Handed, blocks: Chosen, interpret, kinds):
+    self.unit = math.log(2) if algebra.exp is jnp.exp2 else 1.0
+    self.kinds = kinds if isinstance(kinds[0], np.ndarray) else None
+    self.blocks = blocks
+    layout = tuple(Operand(operand.pairs) for operand in handed.operands)
+    self.how = dict(algebra=algebra, layout=layout, interpret=interpret)
+    self.fold = jax.custom_vjp(lambda *args: self._forward(*args)[0])
+    self.fold.defvjp(self._forward, self._backward)
+
+  def _forward(self, q, k, v, operands, sides, kinds):
+    args = (q, k, v, *sides, operands, (self.kinds or kinds)[0])
+    out, stats = streaming.forward(*args, blocks=self.blocks.forward, **self.how)
+    mass, peak, count = (
+      stats[:, :, row] for row in (streaming.MASS, streaming.PEAK, streaming.COUNT)
+    )
+    return Partial(out, mass, peak * self.unit, count), (q, k, v, operands, sides, kinds, peak)
+
+  def _backward(self, residuals, grad: Partial):
+    q, k, v, operands, sides, kinds, peak = residuals
+    read = grad.out.astype(q.dtype)
+    told = jnp.stack([jnp.maximum(peak, FLOOR), grad.mass], axis=2)  # ORIGIN, SLOPE
+    args = lambda number: (
+      q, k, v, *sides, operands, (self.kinds or kinds)[number], told, read
+    )  # fmt: skip
+    dq, by_row = backward.gradient_of_queries(*args(1), blocks=self.blocks.queries, **self.how)
+    dk, dv = backward.gradient_of_keys(*args(2), blocks=self.blocks.keys, **self.how)
+    pairs = functools.partial(
+      backward.gradient_of_pairs, *args(1), blocks=self.blocks.queries, **self.how
+    )
+    rest = iter(by_row)
+    moved: list[Any] = []
+    for n, (x, layout) in enumerate(zip(operands, self.how["layout"], strict=True)):
+      if not jnp.issubdtype(x.dtype, jnp.floating):
+        moved.append(None)
+      elif layout.pairs:
+        moved.append(_padded(pairs(number=n), x))
+      else:
+        moved.append(_summed(next(rest), x))
+    return dq, dk, dv, moved, None, None
+
+
+def _summed(grad: jax.Array, like: jax.Array) -> jax.Array:
+  """A gradient summed over the axes along which an operand is one."""
+  axes = [axis for axis, n in enumerate(like.shape) if n == 1 and grad.shape[axis] != 1]
+  return grad.sum(axes, keepdims=True).astype(like.dtype)
+
+
+def _padded(grad: jax.Array, like: jax.Array) -> jax.Array:
+  """A gradient filled up with zeros for the tokens that do not exist."""
+  sizes = zip(grad.shape, like.shape, strict=True)
+  return jnp.pad(grad, [(0, n - size) for size, n in sizes]).astype(like.dtype)
+
+
+def refusal(
+  q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, *tokens: Tokens
+) -> str | None:
+  """Why a call cannot run in the kernels here; None if it can."""
+  if (backend := jax.default_backend()) != "gpu":
+    return f"runs on Hopper GPUs (H100, H200), not on {backend}"
+  if (capability := str(getattr(jax.devices()[0], "compute_capability", "none"))) != "9.0":
+    return f"is compiled for Hopper GPUs (compute capability 9.0), not for {capability}"
+  if not alone():
+    return f"runs inside jax.shard_map where there are {jax.device_count()} devices"
+  return unfit(q, k, v, spec)
+
+
+def unfit(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> str | None:
+  """Why a call fits no kernel on any Hopper GPU; None if it does. Nothing is computed."""
+  dtypes = {jnp.dtype(x.dtype).name for x in (q, k, v)}
+  if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
+    return f"wants q, k and v alike, bfloat16 or float16, got {', '.join(sorted(dtypes))}"
+  if spec.readouts:
+    names = ", ".join(type(readout).__name__ for readout in spec.readouts)
+    return f"reads values alone, and {names} besides"
+  (B, T, _, H), (S, V) = q.shape, v.shape[1::2]
+  if not {H, V} <= set(WIDTHS):
+    return f"wants heads of a multiple of 32 up to 256, got H={H} and V={V}: pad them with zeros"
+  block = choose(H, V, q.dtype).forward
+  if (tiles := B * -(-T // block.line) * -(-S // block.k)) > LIST:
+    size = f"{block.line} x {block.k}"
+    return f"lists up to {LIST} tiles of {size}, got {tiles}: split tokens or rows over devices"
+  return by_tile.untraceable(spec, q, k) or _unknown(spec, q, k)
+
+
+KNOWN = {  # what a warpgroup can do to the registers of a tile
+  "abs", "add", "and", "broadcast_in_dim", "clamp", "convert_element_type", "cos",
+  "custom_jvp_call", "div", "eq", "erf", "exp", "exp2", "ge", "gt", "integer_pow", "jit", "le",
+  "log", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or", "rem", "round",
+  "rsqrt", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign",
+  "sin", "square", "sub", "tanh", "xor",
+}  # fmt: skip
+
+
+def _unknown(spec: AttentionSpec, q: jax.Array, k: jax.Array) -> str | None:
+  """Why a spec cannot be read in registers, where each thread has some numbers of a tile."""
+  shape = (64, 64)
+  handed: list[Handed] = []
+
+  def hand(q):
+    tokens = Tokens.of_length(q.shape[1]), Tokens.of_length(k.shape[1])
+    handed.append(hand_over(spec, q, *tokens))
+    return [operand.array for operand in handed[0].operands]
+
+  operands = jax.eval_shape(hand, jax.ShapeDtypeStruct(q.shape, q.dtype))
+  if any(not o.pairs and x.shape[3] > 1 for x, o in zip(operands, handed[0].operands)):
+    return "looks nothing up in tables, which its parts have: choose another implementation"
+  how = by_tile.algebra(spec, handed[0], q.shape[3], q.dtype)
+
+  def tile(products, side, number, *tiles):
+    facts = Facts(Side(side, side, side), Side(side, side, side), number, number, tiles)
+    scores, visible, told = how.masked(products, facts, True)
+    height = scores if how.height is None else how.height(scores)
+    weights = how.weigh(scores, told, jnp.zeros_like(scores))
+    return visible, height, how.edit(weights, facts)
+
+  one = lambda x: (1, 1) if x.shape[2:] == (1, 1) else shape
+  struct = functools.partial(jax.ShapeDtypeStruct, shape)
+  jaxpr = jax.make_jaxpr(tile)(
+    struct(jnp.float32), struct(jnp.int32), jax.ShapeDtypeStruct((), jnp.int32),
+    *(jax.ShapeDtypeStruct(one(x), x.dtype) for x in operands),
+  )  # fmt: skip
+  if found := sorted(_primitives(jaxpr.jaxpr) - KNOWN):
+    return f"cannot {', '.join(found)} in registers: choose another implementation"
+  return None
+
+
+def _primitives(jaxpr) -> set[str]:
+  """Names of what a program does to more than one number."""
+  names: set[str] = set()
+  for eqn in jaxpr.eqns:
+    if any(np.size(x.aval) > 1 for x in eqn.invars):
+      names.add(eqn.primitive.name)
+    for inner in jaxprs_in_params(eqn.params):
+      names |= _primitives(inner)
+  return names

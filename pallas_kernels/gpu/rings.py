@@ -1,0 +1,181 @@
+"""What the warpgroups of a kernel on Hopper GPUs share: the line they work on, rings, turns.
+
+One warpgroup moves tiles through rings in shared memory; the others multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.experimental.pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_kernels.gpu.tiles import Order
+
+REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 24)}  # of those that multiply, and that move
+
+
+class Line(NamedTuple):
+  """The line that a block of the grid works on, and what it visits.
+
+  Each warpgroup finds it for itself: the one that moves tiles has no registers to keep it in.
+
+  Attributes:
+    b, n, line: row of the batch, head, and line.
+    full, visits: how many visits are of FULL tiles, which come first, and how many there are.
+    tiles: (#B, lines, length), tiles of a line in order.
+    size: tokens of a tile.
+    group: heads whose tiles are visited one after the other.
+  """
+
+  b: Any
+  n: Any
+  line: Any
+  full: Any
+  visits: Any
+  tiles: Any
+  size: int
+  group: int
+
+  @classmethod
+  def at(cls, order: Order, heads: int, counts, tiles, size, group=1, *, first=False) -> Line:
+    """That of this block of the grid; those that come `first` are the longest, or the last."""
+    bn, line = order.at(lax.axis_index("block"))
+    line = order.lines - 1 - line if first else line
+    b, n = lax.div(bn, jnp.int32(heads)), lax.rem(bn, jnp.int32(heads))
+    own = 0 if counts.shape[0] == 1 else b
+    full, some = (counts[own, line, c] * group for c in range(2))
+    return cls(b, n, line, full, full + some, tiles, size, group)
+
+  def of(self, ref):
+    """The index in an array whose first axis is the batch, or one."""
+    return 0 if ref.shape[0] == 1 else self.b
+
+  def head(self, t):
+    return self.n * self.group + lax.rem(t, jnp.int32(self.group))
+
+  def tile(self, t):
+    """The tokens of the tile of a visit."""
+    t = lax.div(t, jnp.int32(self.group))
+    at = self.tiles[self.of(self.tiles), self.line, t] * self.size
+    return pl.ds(pl.multiple_of(at, self.size), self.size)
+
+
+def ring(*tiles: Any, readers: int, arrivals: int | None = None) -> tuple:
+  """Tiles (stages, ..) that are moved together, and barriers: they are there; they may go."""
+  stages = dict(num_barriers=tiles[0].shape[0])
+  full = plgpu.Barrier(num_arrivals=arrivals or len(tiles), **stages)
+  return tiles, full, plgpu.Barrier(num_arrivals=readers, **stages)
+
+
+def _slot(ring, t):
+  return lax.rem(t, jnp.int32(ring[0][0].shape[0]))
+
+
+def fill(ring, t, *sources) -> None:
+  """Starts to move the tiles of visit t, as soon as nobody reads what lies there.
+
+  A source is one place, or a list of them, one for each warpgroup.
+  """
+  tiles, full, free = ring
+  slot = _slot(ring, t)
+  pl.when(t >= tiles[0].shape[0])(lambda: plgpu.barrier_wait(free.at[slot]))
+  for tile, source in zip(tiles, sources, strict=True):
+    if not isinstance(source, list):
+      plgpu.copy_gmem_to_smem(source, tile.at[slot], full.at[slot])
+      continue
+    for c, part in enumerate(source):
+      plgpu.copy_gmem_to_smem(part, tile.at[slot, c], full.at[slot])
+
+
+def drain(visits, *rings) -> None:
+  """Waits until nobody reads any tile that was moved."""
+  for ring in rings:
+    last = jnp.maximum(visits - ring[0][0].shape[0], 0)
+    pl.loop(last, visits)(lambda t: plgpu.barrier_wait(ring[2].at[_slot(ring, t)]))
+
+
+def wait(ring, t) -> list:
+  """The tiles of visit t, once they are there."""
+  tiles, full, _ = ring
+  plgpu.barrier_wait(full.at[_slot(ring, t)])
+  return [tile.at[_slot(ring, t)] for tile in tiles]
+
+
+def free(ring, t) -> None:
+  plgpu.barrier_arrive(ring[2].at[_slot(ring, t)])
+
+
+class Turns(NamedTuple):
+  """Warpgroups that start products in turn, so that one multiplies while others weigh.
+
+  A turn of a warpgroup is from the sums of a visit to the products of the next.
+  """
+
+  barriers: Any
+  w: jax.Array
+  warpgroups: int
+
+  def give(self) -> None:
+    if self.warpgroups > 1:
+      plgpu.barrier_arrive(self.barriers.at[lax.rem(self.w + 1, jnp.int32(self.warpgroups))])
+
+  def take(self) -> None:
+    if self.warpgroups > 1:
+      plgpu.barrier_wait(self.barriers.at[self.w])
+
+  def begin(self) -> None:
+    pl.when(self.w == self.warpgroups - 1)(self.give)
+    self.take()
+
+  def end(self) -> None:
+    pl.when(self.w < self.warpgroups - 1)(self.give)
+
+
+def anew(index, *tiles) -> list:
+  """Tiles at an index, found anew at every visit.
+
+  The compiler would rather keep the descriptors of all their parts, in registers that sums need.
+  """
+  index = lax.optimization_barrier(jnp.int32(index))
+  return [tile.at[index] for tile in tiles]
+
+
+def write(*outs) -> None:
+  """Moves sums to global memory by way of a tile, for each (tile, sums, place)."""
+  for tile, sums, _ in outs:
+    tile[...] = sums.astype(tile.dtype)
+  plgpu.commit_smem()
+  for tile, _, place in outs:
+    plgpu.copy_smem_to_gmem(tile, place)
+  plgpu.wait_smem_to_gmem(0)
+
+
+def digits(number, sizes: Sequence[int]) -> list:
+  """The index in an array of these sizes, from that in the flat one."""
+  found: list = []
+  for size in reversed(sizes):
+    found.insert(0, lax.rem(number, jnp.int32(size)))
+    number = lax.div(number, jnp.int32(size))
+  return found
+
+
+def run(kernel, name: str, blocks: int, warpgroups: int, outs, scratch, interpret, *inputs):
+  """The call of a kernel; `outs` are (shape, dtype) of its outputs."""
+  vary = jax.typeof(inputs[-1]).manual_axis_type  # inside of `jax.shard_map`: as queries do
+  return plgpu.kernel(
+    kernel,
+    out_type=[jax.ShapeDtypeStruct(*out, manual_axis_type=vary) for out in outs],
+    grid=(blocks,),
+    grid_names=("block",),
+    num_threads=warpgroups + 1,
+    thread_name="warpgroup",
+    scratch_types=scratch,
+    compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    interpret=interpret or None,
+    kernel_name=name,
+  )(*(jnp.asarray(x) for x in inputs))

@@ -1,0 +1,329 @@
+"""The streaming kernel for Hopper GPUs: its numbers in interpret mode, and that it compiles.
+
+The interpreter has threads, barriers and copies, so that what they do is what a chip would do;
+products are those of the CPU. What compiles ahead of time says nothing about numbers.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import jax
+from jax._src.pallas.mosaic.interpret import thread_map
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_pallas_tpu import REFUSED, SAME, assert_near, spec_of
+
+from attnx.attention import AttentionSpec, masks, mosaic_gpu, reference, transforms
+from attnx.core import registry
+from attnx.core.tokens import Tokens
+from pallas_kernels import aot, blocks
+from pallas_kernels.gpu.tiles import Blocks, Chosen, Order, choose, lists
+from pallas_kernels.visits import EMPTY, FULL, PARTIAL
+
+T, S = 150, 100  # no tile divides them
+INTERPRET = InterpretGPUParams()
+BLOCKS = Chosen(*[Blocks(64, 64, 2, 2)] * 3)
+ROUNDED = {jnp.dtype(jnp.bfloat16): 2**-8, jnp.dtype(jnp.float16): 2**-11}  # the weights are, once
+CAUSAL = masks.Causal()
+TOKENS = Tokens.of_length(T, offset=30), Tokens.of_length(S)  # tiles of all kinds under a mask
+FAR = AttentionSpec.from_mods(  # falls with distance, at a rate of the head
+  score_mod=lambda s, b, n, i, j: s - jnp.exp2(-2.0 * (n + 1)) * jnp.abs(i - j)
+).transforms
+SPECS = {
+  "full": AttentionSpec(),
+  "causal": AttentionSpec(mask=CAUSAL),
+  "window": AttentionSpec(mask=CAUSAL & masks.Window(40)),
+  "capped": AttentionSpec(mask=CAUSAL, transforms=(transforms.SoftCap(2.0), *FAR)),
+  "sigmoid": AttentionSpec(
+    mask=CAUSAL, normaliser=registry.build("normalisers", dict(name="sigmoid", length=64))
+  ),
+  "signed": AttentionSpec(mask=CAUSAL, normaliser=registry.build("normalisers", "cog")),
+  "counted": AttentionSpec(mask=CAUSAL, normaliser=registry.build("normalisers", "relu")),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+  """The interpreter compiles a kernel for each thread of each block; here, once for all of them."""
+  lock, programs = threading.Lock(), {}
+
+  def run_jaxpr(jaxpr, consts, *args):
+    with lock:
+      if id(jaxpr) not in programs:
+        fn = jax.jit(lambda consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args) and None)
+        programs[id(jaxpr)] = jaxpr, fn.lower(consts, *args).compile()
+    programs[id(jaxpr)][1](consts, *args)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(thread_map, "_run_jaxpr", run_jaxpr)
+    yield
+
+
+def arguments(H=64, V=64, dtype=jnp.float16, heads=(2, 1), lengths=(T, S), batch=1):
+  rng = np.random.default_rng(3)
+  (t, s), (n, k) = lengths, heads
+  shapes = ((batch, t, n, H), (batch, s, k, H), (batch, s, k, V))
+  return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+
+
+def summary(spec, p):
+  mass = p.mass * jnp.exp(jnp.where(jnp.isneginf(p.peak), 0.0, p.peak))
+  return spec.finish(p), mass, p.count
+
+
+def assert_reference(spec, qkv, q_tokens, k_tokens, *, traced=False, **how):
+  """Values, masses and counts are those of the same numbers in float64; returns the partial."""
+  assert mosaic_gpu.unfit(*qkv, spec) is None
+  tokens = q_tokens, k_tokens
+  with jax.enable_x64(True):
+    wide = tuple(jnp.asarray(x, jnp.float64) for x in qkv)
+    expected = summary(spec, reference.partial(*wide, spec, *tokens))
+  run = functools.partial(mosaic_gpu.partial, **dict(blocks=BLOCKS, interpret=INTERPRET) | how)
+  if traced:  # tokens that are arguments of jit are known when the program runs
+    p = jax.jit(lambda tokens: run(*qkv, spec, *tokens))(jax.tree.map(jnp.asarray, tokens))
+  else:
+    p = jax.jit(lambda qkv: run(*qkv, spec, *tokens))(qkv)
+  out, mass, count = summary(spec, p)
+  assert all(np.isfinite(np.asarray(x)).all() for x in (out, mass))
+  assert_near((out, mass), expected[:2], ROUNDED[qkv[0].dtype])
+  np.testing.assert_array_equal(count, expected[2])
+  return p
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_kernel_is_the_reference(name):
+  assert_reference(SPECS[name], arguments(), *TOKENS)
+
+
+def test_bfloat16_is_off_by_its_roundings():
+  assert_reference(SPECS["causal"], arguments(dtype=jnp.bfloat16), *TOKENS)
+
+
+@pytest.mark.parametrize("widths", [(192, 128), (96, 32)], ids=str)
+def test_heads_of_many_widths(widths):
+  assert_reference(SPECS["causal"], arguments(*widths), *TOKENS)
+
+
+@pytest.mark.parametrize("cut", [(64, 128, 3, 3), (128, 64, 1, 2)], ids=str)
+def test_blocks_change_nothing(cut):
+  cuts = BLOCKS._replace(forward=Blocks(*cut))
+  assert_reference(SPECS["causal"], arguments(), *TOKENS, blocks=cuts)
+
+
+def packed(length: int, documents: tuple[int, ...], padding: int) -> Tokens:
+  """So many documents in each row of the batch, and tokens behind them that do not exist."""
+  tokens = Tokens.of_length(length)
+  segment = np.stack([tokens.index[0] * n // length for n in documents]).astype(np.int32)
+  position = np.where(tokens.index < length - padding, tokens.index, -1)
+  return dataclasses.replace(tokens, position=position, segment=segment)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_rows_of_the_batch_have_documents_of_their_own(traced):
+  spec, tokens = AttentionSpec(mask=CAUSAL & SAME), packed(128, (2, 1), 0)
+  if traced:
+    tokens = packed(128, (3, 1), 5)
+  qkv = arguments(lengths=(128, 128), batch=2)
+  assert_reference(spec, qkv, tokens, tokens, traced=traced)
+
+
+def test_rows_that_see_nothing_are_zero():
+  early = dataclasses.replace(TOKENS[0], position=TOKENS[0].index - 20)
+  p = assert_reference(SPECS["causal"], arguments(), early, TOKENS[1])
+  blind = np.asarray(early.position[0]) < 0
+  assert blind.sum() == 20 and not np.asarray(p.out)[:, blind].any()
+  assert not np.asarray(p.mass)[:, blind].any() and np.isneginf(p.peak[:, blind]).all()
+
+
+def test_arrays_of_pairs_stand_beside_the_kernel():
+  rng = np.random.default_rng(4)
+  bias = jnp.asarray(rng.standard_normal((1, 2, T, S)), jnp.float32)
+  seen = rng.random((1, 1, T, S)) < 0.7
+  spec = AttentionSpec(mask=masks.Dense(seen), transforms=(transforms.Add(bias),))
+  assert_reference(spec, arguments(), *TOKENS)
+
+
+def test_edits_draw_the_bits_of_the_reference():
+  spec = AttentionSpec(edits=(transforms.Dropout(jax.random.key(3), rate=0.3),))
+  assert_reference(spec, arguments(), *TOKENS)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "bias"])
+def test_gradients_are_those_of_the_reference(name):
+  """The seams between the kernels: each has tests of its own."""
+  qkv = arguments(lengths=(70, 60))
+  tokens = Tokens.of_length(70, offset=30), Tokens.of_length(60)
+  rng = np.random.default_rng(4)
+  bias = jnp.asarray(rng.standard_normal((1, 1, 70, 60)), jnp.float32)
+
+  def loss(partial, qkv, bias):
+    spec = SPECS["sigmoid"]
+    if name == "bias":
+      spec = AttentionSpec(mask=CAUSAL, transforms=(transforms.Add(bias),))
+    p = partial(*qkv, spec, *tokens)
+    return jnp.sin(spec.finish(p)).sum() + (jnp.log1p(p.mass).sum() if name == "sigmoid" else 0.0)
+
+  with jax.enable_x64(True):
+    wide = tuple(jnp.asarray(x, jnp.float64) for x in qkv)
+    exact = functools.partial(loss, reference.partial)
+    expected = jax.grad(exact, argnums=(0, 1))(wide, jnp.asarray(bias, jnp.float64))
+  run = functools.partial(mosaic_gpu.partial, blocks=BLOCKS, interpret=INTERPRET)
+  actual = jax.jit(jax.grad(functools.partial(loss, run), argnums=(0, 1)))(qkv, bias)
+  assert_near(actual, expected, 2**-8)
+
+
+def test_no_two_threads_touch_the_same_memory_at_once():
+  """More visits than a ring has stages, masks on some of them, turns between two warpgroups."""
+  gpu_callbacks.reset_gpu_interpret_mode_state()
+  qkv = arguments(heads=(1, 1), lengths=(64, 256))
+  tokens = Tokens.of_length(64, offset=180), Tokens.of_length(256)
+  assert_reference(
+    SPECS["causal"], qkv, *tokens, interpret=InterpretGPUParams(detect_races=True)
+  )
+  assert not gpu_callbacks.get_races().races_found
+
+
+def test_lists_have_full_tiles_first_and_empty_ones_not_at_all():
+  kinds = np.array([[[FULL, PARTIAL, EMPTY, FULL], [EMPTY] * 4]], np.int32)
+  for array in (kinds, jnp.asarray(kinds)):
+    plan, turned = lists(array), lists(array, by_key=True)
+    np.testing.assert_array_equal(plan.at[0, 0, :3], [0, 3, 1])
+    np.testing.assert_array_equal(plan.counts, [[[2, 1], [0, 0]]])
+    np.testing.assert_array_equal(turned.counts, [[[1, 0], [0, 1], [0, 0], [1, 0]]])
+
+
+@pytest.mark.parametrize("size", [1, 2**24, 2**40])
+def test_every_head_and_line_has_a_block(size):
+  order = Order.of(6, 5, size)
+  found = [tuple(int(x) for x in order.at(jnp.int32(n))) for n in range(30)]
+  assert sorted(found) == [(head, line) for head in range(6) for line in range(5)]
+  assert len({head for head, _ in found[: order.together]}) == order.together
+
+
+WIDTHS = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
+
+
+def test_the_table_has_blocks_for_every_width_that_is_taken():
+  for entry in blocks.table("h100"):
+    assert choose(entry["H"], entry["V"], entry["dtype"])  # Blocks raises where one is not valid
+    for name in Chosen._fields:
+      assert entry[name]["shared"] <= 227 * 2**10 and entry[name]["spills"] <= 16
+  for H in mosaic_gpu.WIDTHS:
+    for V in mosaic_gpu.WIDTHS:
+      for dtype in ROUNDED:
+        choose(H, V, dtype)
+  with pytest.raises(ValueError, match="H=320"):
+    choose(320, 64, jnp.bfloat16)
+
+
+def test_what_fits_no_kernel_is_refused_with_a_sentence():
+  spec, (q, k, v) = SPECS["causal"], arguments()
+  refused = mosaic_gpu.unfit
+  assert "float16, float32" in refused(q.astype(jnp.float32), k, v, spec)
+  assert "got float32" in refused(*(x.astype(jnp.float32) for x in (q, k, v)), spec)
+  assert "got H=80 and V=64" in refused(*arguments(80), spec)
+  assert "got H=64 and V=288" in refused(*arguments(64, 288), spec)
+  assert "split tokens" in refused(*(jax.ShapeDtypeStruct(x.shape[:1] + (2**20,) + x.shape[2:],
+                                                          x.dtype) for x in (q, k, v)), spec)
+  for name in ("shaw", "t5_bias", "relative_bias", "music_relative"):
+    spec = spec_of("transforms", name)
+    assert "tables" in refused(*arguments(32, 32, heads=(4, 2)), spec)
+  for interface, name in REFUSED:
+    spec = spec_of(interface, name)
+    assert "row" in spec.needs or refused(*arguments(32, 32, heads=(4, 2)), spec)
+  halved = AttentionSpec.from_mods(score_mod=lambda s, b, n, i, j: s - jnp.cumsum(s, axis=-1))
+  assert "cumsum" in refused(q, k, v, halved)
+  sliced = AttentionSpec.from_mods(score_mod=lambda s, b, n, i, j: s - s[..., :1])
+  assert "cannot slice in registers" in refused(q, k, v, sliced)
+
+
+def test_where_it_cannot_run_is_said_in_a_sentence(monkeypatch):
+  refused = lambda: mosaic_gpu.refusal(*arguments(), SPECS["causal"])
+  assert refused() == "runs on Hopper GPUs (H100, H200), not on cpu"
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  for capability, taken in (("8.0", False), ("10.0", False), ("gfx942", False), ("9.0", True)):
+    device = type("Device", (), dict(compute_capability=capability))()
+    monkeypatch.setattr(jax, "devices", lambda device=device: [device])
+    assert (f"not for {capability}" in refused()) != taken
+  assert "inside jax.shard_map where there are 8 devices" in refused()
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  assert refused() is None
+
+
+def test_its_plan_is_told():
+  qkv = arguments(lengths=(384, 384))
+  tokens = Tokens.of_length(384)
+  told = str(mosaic_gpu.summary(SPECS["causal"], *qkv, tokens, tokens))
+  assert told == "tiles of 192 x 128 in pieces of 64 x 128: 1 empty, 4 partial, 1 full"
+
+
+COMPILED = [
+  f"{H}-{V}-{name}-{dtype}"
+  for H, V in WIDTHS for name in ("full", "causal", "packed", "capped") for dtype in ROUNDED
+]  # fmt: skip
+
+
+def ahead_case(name: str):
+  """A call of the adapter by its name in COMPILED, as `pallas_kernels.aot` wants it."""
+  H, V, which, dtype = name.split("-")
+  spec = AttentionSpec(mask=CAUSAL & SAME) if which == "packed" else SPECS[which]
+  length = 768
+  array = lambda heads, width: jax.ShapeDtypeStruct((1, length, heads, int(width)), dtype)
+  at = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+  def run(q, k, v, at):
+    tokens = Tokens.of_length(length)
+    if which == "packed":
+      tokens = dataclasses.replace(tokens, position=at, segment=at)
+    p = mosaic_gpu.partial(q, k, v, spec, tokens, tokens)
+    return spec.finish(p)
+
+  return run, [array(4, H), array(2, H), array(2, V), at]
+
+
+def compile_all() -> None:
+  """Compiles every case for an H100 and prints what ptxas says of each behind its name."""
+  for name in COMPILED:
+    print(f"\n== {name} ==", flush=True)
+    aot.compiled(f"test_gpu_streaming:ahead_case(name={name!r})", "h100")
+
+
+@pytest.fixture(scope="module")
+def assembled() -> dict[str, int]:
+  """Bytes that each case spills; none has products that wait for one another."""
+  if sys.version_info < (3, 12) or not importlib.util.find_spec("jax_cuda13_plugin"):
+    pytest.skip("JAX's CUDA 13 plugin is absent, or Python is older than 3.12")
+  root = pathlib.Path(__file__).parent.parent
+  path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+  ran = subprocess.run(
+    [sys.executable, __file__], cwd=root, timeout=600, text=True, stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT, env=os.environ | aot.GPU_ENVIRONMENT | {"PYTHONPATH": path},
+  )  # fmt: skip
+  assert ran.returncode == 0, ran.stdout[-3000:]
+  assert "serialized" not in ran.stdout
+  found = {}
+  for part in ran.stdout.split("\n== ")[1:]:
+    name, said = part.split(" ==", 1)
+    ((_, stored, loaded, _),) = aot.PTXAS.findall(said)
+    found[name] = int(stored) + int(loaded)
+  return found
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_for_an_h100_without_spills(assembled, name):
+  assert assembled[name] == 0
+
+
+if __name__ == "__main__":
+  compile_all()
