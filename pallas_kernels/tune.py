@@ -278,14 +278,15 @@ def search(bench: Bench, shape: Shape, like: Sequence[Tile] = ()) -> list[Tile]:
     shape: of queries, keys and values.
     like: what the search found for another shape; it then begins where that one ended.
   """
-  sizes, begin = SIZES, BASE
+  sizes: Sequence[tuple[int, int]] = SIZES
+  begin = BASE
   starts = first = dict.fromkeys(KERNELS, STARTS)
   if told := known(bench.chip, shape):
     begin = (told["q"], told["k"])
     starts = {n: [tuple(told[n][name] for name in ("rows", "columns", "ahead"))] for n in KERNELS}
   elif like:
     ended = settle(like)
-    sizes = tuple((tile.q, tile.k) for tile in like if tile.cost <= NEAR * ended.cost)
+    sizes = [(tile.q, tile.k) for tile in like if tile.cost <= NEAR * ended.cost]
     begin, starts = (ended.q, ended.k), {n: [to] for n, to in pieces_of(ended).items()}
   base = descent(bench, shape, *begin, starts) or descent(bench, shape, *LEAST, first)
   if base is None:

@@ -14,7 +14,8 @@ import pytest
 
 from pallas_kernels.algebra import Algebra
 from pallas_kernels.tpu import decode as kernel
-from pallas_kernels.tpu.decode import Partials, combined, decode
+from pallas_kernels.decoding import Partials, combined
+from pallas_kernels.tpu.decode import decode
 from pallas_kernels.tpu.decode_call import visits
 from pallas_kernels.visits import EMPTY, FULL, PARTIAL, Operand
 

@@ -22,8 +22,8 @@ from pallas_kernels import aot
 from pallas_kernels.algebra import Algebra, softmax
 from pallas_kernels.gpu import decode as kernel
 from pallas_kernels.gpu.decode import decode
+from pallas_kernels.decoding import Partials, combined
 from pallas_kernels.gpu.decode_call import Cut
-from pallas_kernels.partials import Partials, combined
 from pallas_kernels.visits import EMPTY, FULL, PARTIAL, Operand
 
 EMULATED = InterpretGPUParams()  # what was never written reads as NaN

@@ -7,13 +7,13 @@ products are those of the CPU. What compiles ahead of time says nothing about nu
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import pathlib
 import subprocess
 import sys
 import threading
 
+from flax import nnx
 import jax
 from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
@@ -21,7 +21,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_pallas_tpu import REFUSED, SAME, assert_near, spec_of
+from test_pallas_tpu import SAME, assert_near
 
 from attnx.attention import AttentionSpec, masks, mosaic_gpu, reference, transforms
 from attnx.core import registry
@@ -236,11 +236,11 @@ def test_what_fits_no_kernel_is_refused_with_a_sentence():
   assert "split tokens" in refused(*(jax.ShapeDtypeStruct(x.shape[:1] + (2**20,) + x.shape[2:],
                                                           x.dtype) for x in (q, k, v)), spec)
   for name in ("shaw", "t5_bias", "relative_bias", "music_relative"):
-    spec = spec_of("transforms", name)
-    assert "tables" in refused(*arguments(32, 32, heads=(4, 2)), spec)
-  for interface, name in REFUSED:
-    spec = spec_of(interface, name)
-    assert "row" in spec.needs or refused(*arguments(32, 32, heads=(4, 2)), spec)
+    options = dict(registry.get("transforms", name).tiny, name=name)
+    options |= dict(values=False) if name == "shaw" else {}
+    sizes = dict(num_heads=2, head_dim=64, dim=128, rngs=nnx.Rngs(0))
+    part = registry.build("transforms", options, **sizes)
+    assert "tables" in refused(q, k, v, AttentionSpec(transforms=(part,)))
   halved = AttentionSpec.from_mods(score_mod=lambda s, b, n, i, j: s - jnp.cumsum(s, axis=-1))
   assert "cumsum" in refused(q, k, v, halved)
   sliced = AttentionSpec.from_mods(score_mod=lambda s, b, n, i, j: s - s[..., :1])
@@ -270,20 +270,20 @@ def test_its_plan_is_told():
 COMPILED = [
   f"{H}-{V}-{name}-{dtype}"
   for H, V in WIDTHS for name in ("full", "causal", "packed", "capped") for dtype in ROUNDED
-]  # fmt: skip
+] + ["96-32-odd-bfloat16", "128-128-counted-float16", "128-128-sigmoid-bfloat16"]  # fmt: skip
 
 
 def ahead_case(name: str):
   """A call of the adapter by its name in COMPILED, as `pallas_kernels.aot` wants it."""
   H, V, which, dtype = name.split("-")
-  spec = AttentionSpec(mask=CAUSAL & SAME) if which == "packed" else SPECS[which]
-  length = 768
+  spec = AttentionSpec(mask=CAUSAL & SAME) if which in ("packed", "odd") else SPECS[which]
+  length = 333 if which == "odd" else 768
   array = lambda heads, width: jax.ShapeDtypeStruct((1, length, heads, int(width)), dtype)
   at = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
   def run(q, k, v, at):
     tokens = Tokens.of_length(length)
-    if which == "packed":
+    if which in ("packed", "odd"):
       tokens = dataclasses.replace(tokens, position=at, segment=at)
     p = mosaic_gpu.partial(q, k, v, spec, tokens, tokens)
     return spec.finish(p)

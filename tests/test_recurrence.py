@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnx.recurrence import kernels
 from attnx.recurrence.convolution import exponential_convolution, exponential_kernel
 from attnx.recurrence.convolution import exponential_step, long_convolution, short_convolution
 from attnx.recurrence.delta import delta_rule
@@ -325,3 +326,15 @@ def test_what_does_not_fit_says_so():
       call()
   with pytest.raises(TypeError, match="floating"):
     linear_attention(q.astype(int), k, v)
+
+
+def test_kernels_that_are_asked_for_run_or_say_why_not():
+  x = jax.tree.map(jnp.float32, arrays("scalar"))
+  call = lambda: recurrence(x)
+  with kernels.asking("chunked"):
+    assert_close(call(), recurrence(x), 0)
+  for name, words in (("mosaic_gpu", "GPU"), ("pallas_tpu", "TPU")):
+    with kernels.asking(name), pytest.raises(NotImplementedError, match=words):
+      call()
+  with pytest.raises(ValueError, match="'triton' is not one of auto"), kernels.asking("triton"):
+    pass

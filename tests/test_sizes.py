@@ -15,7 +15,8 @@ CLUSTER = (  # what goes over devices and processes, which nobody needs for a mo
 KERNELS = (  # what hands specs to kernels, one file for each kind of chip
   "attnx/attention/by_tile.py", "attnx/attention/handed.py", "attnx/attention/pallas_tpu.py",
   "attnx/attention/mosaic_gpu.py", "attnx/attention/cudnn.py", "attnx/attention/cudnn_spec.py",
-  "attnx/recurrence/pallas_tpu.py", "attnx/recurrence/mosaic_gpu.py",
+  "attnx/recurrence/kernels.py", "attnx/recurrence/pallas_tpu.py",
+  "attnx/recurrence/mosaic_gpu.py",
 )  # fmt: skip
 FILES = {str(path.relative_to(ROOT)): path for path in ROOT.glob("attnx/**/*.py")}
 APART = ENTRIES + CLUSTER + KERNELS

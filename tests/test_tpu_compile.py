@@ -21,6 +21,8 @@ from test_pallas_tpu import FIT, SAME
 from attnx.attention import AttentionSpec, api, masks, pallas_tpu, transforms
 from attnx.core import registry
 from attnx.core.tokens import Tokens
+from attnx.nn.kv_cache import KVCache
+from attnx.nn.position import Position
 from attnx.sharded.ring import ring_attend
 from pallas_kernels import aot
 from pallas_kernels.blocks import Blocks, Chosen
@@ -92,6 +94,28 @@ def ring(devices):
   return jax.value_and_grad(loss, (0, 1, 2)), [*qkv, Tokens(*[shape((1, length), jnp.int32)] * 3)]
 
 
+def steps(devices):
+  """Four tokens, one after the other in a loop, over a cache of 4096 tokens of 8 heads."""
+  pallas = dataclasses.replace(api.IMPLEMENTATIONS["pallas_tpu"], refusal=lambda *_: None)
+  api.IMPLEMENTATIONS["pallas_tpu"] = pallas
+
+  def run(cache, q):
+    def step(carry, _):
+      cache, q = carry
+      at = cache.next(1)
+      k = v = q[:, :, :8]
+      q, cache = cache.attend(
+        q, k, v, at, spec=AttentionSpec(mask=masks.Causal()), position=Position(),
+        implementation="pallas_tpu",
+      )  # fmt: skip
+      return (cache, q), None
+
+    return jax.lax.scan(step, (cache, q), length=4)[0]
+
+  cache = jax.eval_shape(lambda: KVCache.empty(B, 4096, 8, H, H, dtype=jnp.bfloat16))
+  return run, [cache, jax.ShapeDtypeStruct((B, 1, 32, H), jnp.bfloat16)]
+
+
 @pytest.fixture(scope="module", params=CHIPS)
 def compiled(request) -> dict[str, str]:
   """What became of every entry on a chip: "" or the error."""
@@ -105,14 +129,15 @@ def test_an_entry_compiles_forward_and_backward(compiled, entry):
 
 
 @pytest.mark.libtpu
-def test_a_ring_whose_shards_are_attended_to_by_kernels_compiles(compiled):
-  assert compiled["ring"] == ""
+@pytest.mark.parametrize("case", ["ring", "steps"])
+def test_kernels_compile_inside_of_what_calls_them(compiled, case):
+  assert compiled[case] == ""
 
 
 def compile_all(chip: str) -> dict[str, str]:
-  """Entries, and "ring", to "" or what went wrong."""
+  """Entries, "ring" and "steps", to "" or what went wrong."""
   found, module = {}, pathlib.Path(__file__).stem
-  targets = {"ring": f"{module}:ring"}
+  targets = {name: f"{module}:{name}" for name in ("ring", "steps")}
   for interface, name in [*FIT, *(("pairs", name) for name in DENSE)]:
     arguments = f"interface={interface!r}, name={name!r}"
     targets[f"{interface}-{name}"] = f"{module}:case({arguments})"

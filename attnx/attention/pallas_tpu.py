@@ -20,7 +20,9 @@ from attnx.core.tokens import Tokens
 from attnx.core.varying import alone
 from pallas_kernels.algebra import FLOOR, Algebra
 from pallas_kernels.blocks import Chosen, choose, dividing
+from pallas_kernels.decoding import combined
 from pallas_kernels.tpu import decode, streaming
+from pallas_kernels.tpu.decode_call import block_of, heads_of
 from pallas_kernels.tpu.walk import SUBLANES, Blocks
 from pallas_kernels.visits import Operand
 
@@ -78,7 +80,7 @@ def cut(spec: AttentionSpec, q, v, q_tokens, k_tokens, handed: Handed) -> Chosen
 
   a mask leaves less to visit in smaller tiles, down to 512, and what it leaves is worth more than
   the start of a tile; or tables are looked up in, whose rows are wide: as many queries as have rows
-  within 1 MiB, and pieces of 128 x 256.
+  within 1 MiB, and pieces of 128 x 256. A few queries read all heads of a tile at once.
   """
   (T, H), (S, V) = q.shape[1::2], v.shape[1::2]
   dense = sum(x.shape[2:] != (1, 1) for x, pairs in handed.operands if pairs)
@@ -89,6 +91,8 @@ def cut(spec: AttentionSpec, q, v, q_tokens, k_tokens, handed: Handed) -> Chosen
     left = lambda size: plans.outcome(spec.mask, q_tokens, k_tokens, *size).pairs
     sizes = itertools.product(_halves(q_size), _halves(k_size))
     q_size, k_size = min(sizes, key=lambda size: left(size) * (1 + START / math.prod(size)))
+  if T <= FEW:
+    k_size = min(k_size, block_of(q, v, S, heads=heads_of(v.shape[2])))
   tables = [x for x, pairs in handed.operands if not pairs and x.shape[3] > 1]
   width = sum(x.shape[3] for x in tables if x.shape[2] > 1)
   q_size = min(q_size, max(128, 2**20 // (4 * max(width, 1)) // 128 * 128))
@@ -141,7 +145,7 @@ class _Run:
       q[:, :, : self.T], k, v, sides[0][..., : self.T], sides[1], rows,
       jnp.asarray(self._plan(kinds)[:, 0]), block_k=self.blocks.forward.k, **self.how,
     )  # fmt: skip
-    seen = decode.combined(parts, self.how["algebra"])
+    seen = combined(parts, self.how["algebra"])
     p = Partial(seen.out, seen.mass, seen.peak * self.unit, seen.count)
     more = (0, q.shape[2] - self.T)
     return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), more] + [(0, 0)] * (x.ndim - 3)), p)

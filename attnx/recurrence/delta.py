@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from attnx.core.instead import replaceable
-from attnx.recurrence import chunks, pallas_tpu
+from attnx.recurrence import chunks, kernels
 from attnx.recurrence.linear import along, decayed_scores
 
 
@@ -39,7 +39,7 @@ def delta_rule(
     state: S_0, (B, N, H, V); zero if None. It belongs to the segment of the first token.
     segment: (#B, T) integers; where the id changes, the state starts at zero again.
     chunk: tokens handled at once. On a TPU a kernel runs, unless `pallas_tpu.refusal` says why not;
-      64 suits it.
+      64 suits it. Kernels for Hopper GPUs have to be asked for: `kernels.asking`.
 
   Returns:
     o (B, T, N, V) in the dtype of `v`, and S_T (B, N, H, V) in float32 (float64 if an input is).
@@ -59,8 +59,8 @@ def delta_rule(
     log_decay = log_decay[..., None] if jnp.ndim(log_decay) == 3 else log_decay
     xs["log_decay"] = along(log_decay, (B, T, N, H))
   state = jnp.zeros((B, N, H, V), dtype) if state is None else state.astype(dtype)
-  if pallas_tpu.refusal(xs, chunk) is None:
-    return pallas_tpu.run(xs, None, state, segment, chunk)
+  if (fused := kernels.chosen(xs, chunk)) is not None:
+    return fused.run(xs, None, state, segment, chunk)
   chunk = min(chunk, T)
   cuts = {name: chunks.cut(x, chunk) for name, x in xs.items()}
   runs = chunks.runs(segment, B, T, chunk)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx.core.instead import replaceable
-from attnx.recurrence import chunks, pallas_tpu
+from attnx.recurrence import chunks, kernels
 
 SUB = 16  # rows of a chunk that share a reference row where the decay varies along H
 
@@ -44,7 +44,8 @@ def linear_attention(
     segment: (#B, T) integers; where the id changes, the state starts at zero again.
     chunk: tokens handled at once. Scores are B N chunk^2; where the decay varies along H, there is
       B N chunk^2 H / 16 besides. On a TPU a kernel runs, which keeps them in fast memory, unless
-      `pallas_tpu.refusal` says why not; 128 suits it, or 64 where the decay varies along H.
+      `pallas_tpu.refusal` says why not; 128 suits it, or 64 where the decay varies along H. Kernels
+      for Hopper GPUs want 64, and to be asked for: `kernels.asking`.
 
   Returns:
     o (B, T, N, V) in the dtype of `v`, and S_T (B, N, H, V) in float32 (float64 if an input is).
@@ -64,8 +65,8 @@ def linear_attention(
     xs["log_decay"] = along(log_decay, (B, T, N, H))
   state = jnp.zeros((B, N, H, V), dtype) if state is None else state.astype(dtype)
   bonus = None if bonus is None else bonus.astype(dtype)
-  if pallas_tpu.refusal(xs, chunk) is None:
-    return pallas_tpu.run(xs, bonus, state, segment, chunk)
+  if (fused := kernels.chosen(xs, chunk)) is not None:
+    return fused.run(xs, bonus, state, segment, chunk)
   chunk = min(chunk, T)
   cuts = {name: chunks.cut(x, chunk) for name, x in xs.items()}
   runs = chunks.runs(segment, B, T, chunk)

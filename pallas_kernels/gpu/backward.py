@@ -20,10 +20,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.algebra import Algebra, Facts
 from pallas_kernels.gpu.rings import (
-  REGISTERS, Line, Turns, anew, digits, drain, fill, free, ring, run, wait, write,
+  REGISTERS, Line, Turns, anew, digits, drain, fill, free, ready, ring, run, tiles_of, wait,
+  write,
 )  # fmt: skip
 from pallas_kernels.gpu.tiles import (
-  COLUMN, ROW, TILE, Blocks, Order, Warpgroup, inlined, lists, smem, whole,
+  COLUMN, ROW, ROWS, TILE, Blocks, Order, Warpgroup, inlined, lists, smem, whole,
 )  # fmt: skip
 from pallas_kernels.visits import EMPTY, Operand, occurring
 
@@ -61,7 +62,7 @@ def _gradient_of_queries(
   q, k, v, q_side, k_side, operands, kinds, rows, grad,
   *, moving: Sequence[bool], algebra: Algebra, layout, blocks: Blocks, interpret: Any,
 ):  # fmt: skip
-  _check(q, k, v, grad, operands)
+  _check(q, k, v, grad, operands, blocks)
   (B, T, N, H), (_, S, K, V) = q.shape, v.shape
   (_, lines, length), plan, unit = kinds.shape, lists(kinds), Warpgroup(interpret)
   bq, bk, W = blocks.q, blocks.k, blocks.warpgroups
@@ -114,20 +115,22 @@ def _gradient_of_queries(
       def step(masked: bool, t, sums):
         dq, *seen = sums
         q_tile, grad_tile = anew(w, q_tiles, grad_tiles)
-        (k_tile, k_facts), (v_tile,) = wait(k_ring, t), wait(v_ring, t)
+        (k_tile, k_facts), (v_tile,) = tiles_of(k_ring, t), tiles_of(v_ring, t)
         pairs = [(q_tile, k_tile), (grad_tile, v_tile)]
-        products = unit.products(pairs, meanwhile=turns.give)
+        products = _products(unit, pairs, turns.give)
         free(v_ring, t)
         tiles = unit.operands_at(operand_refs, layout, b, n, mine, here.tile(t), numbers)
         facts = unit.facts(q_facts, unit.side(k_facts, COLUMN), b, n, tiles)
         pull = _pulled(algebra, unit, masked, facts, moving, told, axis=0)
         _, products, moved = pull(*products)
         turns.take()
-        dq = unit.add(dq, products.astype(q_tile.dtype), k_tile)
+        after = lambda: ready(t + 1, here.visits, k_ring, v_ring)
+        dq = unit.add(dq, products.astype(q_tile.dtype), k_tile, meanwhile=after)
         free(k_ring, t)
         return dq, *(x + jnp.sum(y, axis=1) for x, y in zip(seen, moved, strict=True))
 
       sums = unit.full((bq, H), 0.0, TILE), *(unit.full((bq,), 0.0, ROW) for _ in tables)
+      ready(0, here.visits, k_ring, v_ring)
       turns.begin()
       dq_tile, *seen = _visit(step, here, sums, kinds)
       turns.end()
@@ -184,7 +187,7 @@ def gradient_of_keys(
     NotImplementedError: where the algebra cannot be asked about (K, Q) tiles, or heads are wide and
       the warpgroups not two.
   """
-  _check(q, k, v, grad, operands)
+  _check(q, k, v, grad, operands, blocks)
   (B, T, N, H), (_, S, K, V) = q.shape, v.shape
   (_, length, lines), plan, unit = kinds.shape, lists(kinds, by_key=True), Warpgroup(interpret)
   bs, bt, W, stages = blocks.q, blocks.k, blocks.warpgroups, blocks.stages
@@ -226,7 +229,6 @@ def gradient_of_keys(
     @pl.when(w == W)
     def _move():
       plgpu.set_max_registers(REGISTERS[W][1], action="decrease")
-
       here = line_of()
       b = here.b
 
@@ -263,23 +265,26 @@ def gradient_of_keys(
         return [unit.load(told.at[row], COLUMN) for row in (ORIGIN, SLOPE)]
 
       def both(masked: bool, t, sums):
+        """Sums for the keys and values of this warpgroup."""
         k_tile, v_tile = anew(own, k_tiles, v_tiles)
-        (q_tile, side), (grad_tile, told) = wait(q_ring, t), wait(grad_ring, t)
+        (q_tile, side), (grad_tile, told) = tiles_of(q_ring, t), tiles_of(grad_ring, t)
         pairs = [(k_tile, q_tile), (v_tile, grad_tile)]
-        products = unit.products(pairs, meanwhile=turns.give)
+        products = _products(unit, pairs, turns.give)
         pull = _pulled(algebra, unit, masked, facts_of(t, side), still, told_of(told), axis=1)
         edited, products, _ = pull(*products)
         edited, products = (x.astype(q_tile.dtype) for x in (edited, products))
         turns.take()
-        sums = _add(unit, zip(sums, (products, edited), (q_tile, grad_tile)))
+        after = lambda: ready(t + 1, here.visits, q_ring, grad_ring)
+        sums = _add(unit, zip(sums, (products, edited), (q_tile, grad_tile)), after)
         free(q_ring, t)
         free(grad_ring, t)
         return sums
 
       def values(masked: bool, t, dv):
+        """Sums for values; products are handed to the warpgroup that sums for their keys."""
         scores, filled, taken = handed
         (k_tile,) = anew(own, k_tiles)
-        q_tile, side = wait(q_ring, t)
+        q_tile, side = tiles_of(q_ring, t)
         turns.take()
         products = unit.product(k_tile, q_tile, meanwhile=turns.give)
         pl.when(t > 0)(lambda: plgpu.barrier_wait(taken))
@@ -293,17 +298,23 @@ def gradient_of_keys(
           scores, _, seen = algebra.masked(products, facts, masked)
           return algebra.edit(algebra.weigh(scores, seen, origin), facts)
 
-        edited = inlined(weights)(products)
+        edited = inlined(weights)(products).astype(grad_tile.dtype)
         free(q_ring, t)
+
+        def after():
+          turns.give()
+          ready(t + 1, here.visits, q_ring)
+
         turns.take()
-        dv = unit.add(dv, edited.astype(grad_tile.dtype), grad_tile, meanwhile=turns.give)
+        dv = unit.add(dv, edited, grad_tile, meanwhile=after)
         free(grad_ring, t)
         return dv
 
       def keys(masked: bool, t, dk):
+        """Sums for keys, from the products that are handed over."""
         scores, filled, taken = handed
         (v_tile,) = anew(own, v_tiles)
-        grad_tile, told = wait(grad_ring, t)
+        grad_tile, told = tiles_of(grad_ring, t)
         turns.take()
         cotangents = unit.product(v_tile, grad_tile, meanwhile=turns.give)
         q_tile, side = wait(q_ring, t)
@@ -314,8 +325,13 @@ def gradient_of_keys(
         pull = _pulled(algebra, unit, masked, facts, still, told_of(told), axis=1)
         _, products, _ = pull(products, cotangents)
         free(grad_ring, t)
+
+        def after():
+          turns.give()
+          ready(t + 1, here.visits, grad_ring)
+
         turns.take()
-        dk = unit.add(dk, products.astype(q_tile.dtype), q_tile, meanwhile=turns.give)
+        dk = unit.add(dk, products.astype(q_tile.dtype), q_tile, meanwhile=after)
         free(q_ring, t)
         return dk
 
@@ -323,6 +339,7 @@ def gradient_of_keys(
       fold = lambda step, sums: _visit(step, here, sums, kinds)
       dk_out, dv_out = dk.at[b, mine, head], dv.at[b, mine, head]
       if not apart:
+        ready(0, here.visits, q_ring, grad_ring)
         turns.begin()
         dk_tile, dv_tile = fold(both, (zeros(H), zeros(V)))
         turns.end()
@@ -330,6 +347,7 @@ def gradient_of_keys(
 
       @pl.when(w == 0)
       def _():
+        ready(0, here.visits, q_ring)
         dv_tile = fold(values, zeros(V))
         pl.when(here.visits > 0)(lambda: plgpu.barrier_wait(handed[2]))  # values have been read
         turns.take()
@@ -337,6 +355,7 @@ def gradient_of_keys(
 
       @pl.when(w == 1)
       def _():
+        ready(0, here.visits, grad_ring)
         turns.give()
         write((k_tile, fold(keys, zeros(H)), dk_out))
 
@@ -369,7 +388,7 @@ def gradient_of_pairs(
       layout=layout, blocks=blocks, interpret=interpret,
     )  # fmt: skip
     return found.sum([axis for axis, n in enumerate(like.shape) if n == 1], keepdims=True)
-  _check(q, k, v, grad, operands)
+  _check(q, k, v, grad, operands, blocks)
   (B, T, N, H), (_, S, K, V) = q.shape, v.shape
   (_, lines, length), unit = kinds.shape, Warpgroup(interpret)
   bq, bk, W = blocks.q, blocks.k, blocks.warpgroups
@@ -462,22 +481,48 @@ def _floating(x: jax.Array) -> bool:
   return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _check(q, k, v, grad, operands) -> None:
+def _check(q, k, v, grad, operands, blocks: Blocks) -> None:
   (B, _, N, H), (_, S, K, V) = q.shape, v.shape
   assert k.shape == (B, S, K, H) and N % K == 0, (q.shape, k.shape, v.shape)
   assert grad.shape == (*q.shape[:3], V) and grad.dtype == q.dtype, (grad.shape, grad.dtype)
   assert all(x.ndim == 4 for x in operands), [x.shape for x in operands]
+  if blocks.k % ROWS:
+    raise NotImplementedError(
+      f"gradients want tiles of a multiple of {ROWS} tokens, got {blocks}: set k to one"
+    )
 
 
-def _add(unit: Warpgroup, terms) -> tuple:
-  """acc + a b for each (acc, a, b), started one after the other."""
+def _products(unit: Warpgroup, pairs, meanwhile: Callable) -> list:
+  """`Warpgroup.products`, where registers are set to zero for each while those before multiply."""
+  if unit.interpret:
+    return unit.products(pairs, meanwhile=meanwhile)
+
+  def start(pairs, sums):
+    if not pairs:
+      meanwhile()
+      return [acc[...] for acc in sums]
+    (a, b), *rest = pairs
+
+    def run(acc):
+      plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)))
+      return start(rest, [*sums, acc])
+
+    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[0]), F32))
+
+  return start(pairs, [])
+
+
+def _add(unit: Warpgroup, terms, meanwhile: Callable) -> tuple:
+  """acc + a b for each (acc, a, b), started one after the other; `meanwhile` runs once all are."""
   accs, *operands = zip(*terms)
   if unit.interpret:
+    meanwhile()
     return tuple(unit.add(*term) for term in zip(accs, *operands))
 
   def run(sums):
     for acc, a, b in zip(sums, *operands):
       plgpu.wgmma(acc, a, b)
+    meanwhile()
 
   return pl.run_state(run)(tuple(plgpu.ACC.init(acc) for acc in accs))
 

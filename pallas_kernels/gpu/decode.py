@@ -20,11 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.algebra import FLOOR, Algebra, Facts, Side
+from pallas_kernels.decoding import Call, Partials, check_beside, packed, planned, scales
 from pallas_kernels.gpu import decode_call
 from pallas_kernels.gpu.decode_call import FIELDS, PIECE, STORED, Cut, Operands
 from pallas_kernels.gpu.tiles import COLUMN, ROW, TILE, Warpgroup, inlined, smem, swizzle_of, whole
-from pallas_kernels.partials import Partials
-from pallas_kernels.tpu.decode_call import Call, check_beside, packed, planned, scales
 from pallas_kernels.visits import Operand
 
 COMPUTE, MOVE = range(2)  # warpgroups
@@ -66,12 +65,12 @@ def decode(
     kinds: (#B, tiles) int32, EMPTY, PARTIAL or FULL, for all queries of a row; None: all PARTIAL.
     algebra: what becomes of products; it is asked about (K, Q) tiles.
     layout: how the operands lie.
-    pages: (B, S / P) int32, the pages of each row in order; those beyond its length are not read.
+    pages: (B, S / P) int32, the pages of each row in order; beyond its length they may be anything.
     lengths: (B,) int32, slots of each row that are filled; None: all, if there are no pages.
     k_scale, v_scale: what stored keys and values are multiplied by, float32: of each head, (K,) or
       (B, K), or of each token in the order of slots, (B, K, S). None: 1.
     splits: parts to deal the tiles of a row out to; None: what fills an H100.
-    block_k: slots of a tile; None: 64 of width 128, see `decode_call`.
+    block_k: slots of a tile; None: `decode_call.block_of`.
     interpret: emulate on CPU, for tests: `InterpretGPUParams`.
 
   Raises:
@@ -84,7 +83,7 @@ def decode(
       "so that it may be asked about those, or decode without a kernel"
     )
   call = decode_call.call_of(q, k, v, pages, splits, block_k)
-  slots = jnp.zeros((1, FIELDS, call.S), jnp.int32) if k_side is None else k_side
+  slots = jax.ShapeDtypeStruct((1, FIELDS, call.S), jnp.int32) if k_side is None else k_side
   check_beside(call, q_side, slots, operands, layout, kinds, pages, lengths)
   (k_head, k_token), (v_head, v_token) = (scales(call, x) for x in (k_scale, v_scale))
   lengths = jnp.full(call.B, call.S) if lengths is None else jnp.clip(lengths, 0, call.S)
@@ -440,6 +439,9 @@ def _visit(
   pieces = [pl.ds(at, PIECE) for at in range(0, call.block, PIECE)]
   filled, number = place.filled - tile * call.block, _number(wg, shape)
   exist = [number < filled - piece.start if masked else True for piece in pieces]
+  values = scratch.v.at[slot] if scratch.values is None else scratch.values
+  if masked and scratch.values is None:  # before weights take registers
+    _clean(block, place, values, tile)
   products = _products(block, scratch, barriers, slot, pieces)
   facts = [_facts(block, place, scratch, tile, slot, piece) for piece in pieces]
   scaled = [_scaled(block, place, scratch, slot, *of) for of in zip(pieces, products)]
@@ -451,13 +453,9 @@ def _visit(
     if masked:  # of what lies beyond, not even zero times it may be read
       x = jnp.where(some, x, 0.0)
     _store(wg, scratch.weights, piece, x.astype(scratch.weights.dtype))
-  values = scratch.v.at[slot]
+  plgpu.commit_smem()
   if scratch.values is not None:
     plgpu.barrier_wait(barriers.values)
-    values = scratch.values
-  elif masked:
-    _clean(block, place, values, tile)
-  plgpu.commit_smem()
   out = sums.out if factor is None else sums.out * wg.wide(factor, sums.out.shape, 1)
   return Sums(_add(wg, out, values, scratch.weights), mass, count, peak)
 

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels.algebra import Side
-from pallas_kernels.tpu.decode_call import Call
+from pallas_kernels.decoding import Call
 from pallas_kernels.visits import EMPTY, FULL, Operand
 
 FIELDS = len(Side._fields)
@@ -82,7 +82,7 @@ def call_of(q, k, v, pages, splits: int | None, block_k: int | None) -> Call:
   _check_arrays(q, k, v, B, S, page)
   lines = pl.cdiv(N // K * T, MOST_ROWS)
   rows = 8 * pl.cdiv(N // K * T, 8 * lines)
-  block = _block_of(k, v, S, page) if block_k is None else block_k
+  block = block_of(k, v, S, page) if block_k is None else block_k
   _check_block(block, page)
   if splits is None:
     at_once = PROCESSORS * (1 + (rows <= PAIR_ROWS))
@@ -92,7 +92,7 @@ def call_of(q, k, v, pages, splits: int | None, block_k: int | None) -> Call:
   return Call(B, N, K, T, S, H, V, lines * rows, block, 1, splits, page)
 
 
-def _block_of(k: jax.Array, v: jax.Array, slots: int, page: int) -> int:
+def block_of(k: jax.Array, v: jax.Array, slots: int, page: int = 0) -> int:
   """Slots of a tile if nobody says: 64 of width 128, in whole pages or in one."""
   block = TILE_NUMBERS // (k.shape[3] + v.shape[3]) // PIECE * PIECE
   block = max(PIECE, min(MOST_KEYS, block))
@@ -111,8 +111,8 @@ def _check_arrays(q, k, v, B: int, S: int, page: int) -> None:
       raise ValueError(f"{name} has the shape {x.shape}; expected {(*lead, K, last)}")
     if x.shape[1] % 8:
       raise NotImplementedError(
-        f"{'pages' if page else 'rows'} of {x.shape[1]} slots cut what TMA moves at once; make room "
-        "for a multiple of 8"
+        f"{'pages' if page else 'rows'} of {x.shape[1]} slots cut what TMA moves at once; make "
+        "room for a multiple of 8"
       )
     if x.shape[3] % PIECE or x.shape[3] > MOST_KEYS:
       raise NotImplementedError(

@@ -99,11 +99,24 @@ def drain(visits, *rings) -> None:
     pl.loop(last, visits)(lambda t: plgpu.barrier_wait(ring[2].at[_slot(ring, t)]))
 
 
+def ready(t, visits, *rings) -> None:
+  """Waits until the tiles of visit t are there, if there is such a visit."""
+
+  @pl.when(t < visits)
+  def _():
+    for ring in rings:
+      plgpu.barrier_wait(ring[1].at[_slot(ring, t)])
+
+
+def tiles_of(ring, t) -> list:
+  """The tiles of visit t, which must be there."""
+  return [tile.at[_slot(ring, t)] for tile in ring[0]]
+
+
 def wait(ring, t) -> list:
   """The tiles of visit t, once they are there."""
-  tiles, full, _ = ring
-  plgpu.barrier_wait(full.at[_slot(ring, t)])
-  return [tile.at[_slot(ring, t)] for tile in tiles]
+  plgpu.barrier_wait(ring[1].at[_slot(ring, t)])
+  return tiles_of(ring, t)
 
 
 def free(ring, t) -> None:

@@ -35,7 +35,7 @@ class Blocks:
 
   Attributes:
     q: queries of a warpgroup, 64 or 128.
-    k: keys of a tile, a multiple of 16.
+    k: keys of a tile, a multiple of 64 up to 256.
     warpgroups: that multiply, 1 to 3; one more moves tiles.
     stages: tiles that are held in shared memory at once, those in flight included.
   """
@@ -48,8 +48,8 @@ class Blocks:
   def __post_init__(self):
     if self.q not in (ROWS, 2 * ROWS):
       raise ValueError(f"{self} must have q of {ROWS} or {2 * ROWS}")
-    if not 0 < self.k <= WIDTH or self.k % 16:
-      raise ValueError(f"{self} must have k that is a multiple of 16, at most {WIDTH}")
+    if not 0 < self.k <= WIDTH or self.k % ROWS:
+      raise ValueError(f"{self} must have k that is a multiple of {ROWS}, at most {WIDTH}")
     if not 0 < self.warpgroups < 4 or self.stages < 2:
       raise ValueError(f"{self} must have 1 to 3 warpgroups and at least 2 stages")
 
@@ -285,9 +285,9 @@ def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
 
 
 def inlined(f: Callable) -> Callable:
-  """The function with all calls in it written out: Mosaic GPU lowers no `jax.custom_jvp`.
+  """The function in what Mosaic GPU lowers: without calls, among them those of `jax.custom_jvp`,
 
-  Cotangents are added by `+`; Pallas has no rule for the primitive by which JAX adds them.
+  with powers of 2 and more only, and with cotangents added by `+`.
   """
 
   def evaluate(jaxpr, consts, args):
@@ -300,6 +300,8 @@ def inlined(f: Callable) -> Callable:
         outs = evaluate(inner.jaxpr, inner.consts, values)
       elif eqn.primitive is add_jaxvals_p:
         outs = [values[0] + values[1]]
+      elif eqn.primitive is lax.integer_pow_p:
+        outs = [_power(values[0], eqn.params["y"])]
       else:
         outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
         outs = outs if eqn.primitive.multiple_results else [outs]
@@ -314,12 +316,25 @@ def inlined(f: Callable) -> Callable:
   return run
 
 
-def whole(x: jax.Array, length: int, axis: int, interpret: Any) -> jax.Array:
-  """The array with as many tokens along an axis as tiles cover, zeros behind the last.
+def _power(x: jax.Array, y: int) -> jax.Array:
+  """x to the power y; Mosaic GPU lowers those of 2 and more."""
+  if abs(y) < 2:
+    return (jnp.ones_like(x), x, 1 / x)[y]
+  return lax.integer_pow(x, y) if y > 0 else 1 / lax.integer_pow(x, -y)
 
-  TMA reads those by itself, so that nothing is copied but for the interpreter, which cannot.
+
+def eights(length: int) -> int:
+  """The multiple of 8 that so many tokens need: TMA moves as many rows of a swizzled tile."""
+  return -(-length // 8) * 8
+
+
+def whole(x: jax.Array, length: int, axis: int, interpret: Any) -> jax.Array:
+  """The array with enough tokens along an axis for tiles that cover `length`, zeros at the end.
+
+  TMA reads zeros past the end of a multiple of 8 by itself, so that mostly nothing is copied; the
+  interpreter cannot, and wants them all.
   """
-  missing = length - x.shape[axis]
-  if not interpret or not missing:
+  missing = (length if interpret else eights(x.shape[axis])) - x.shape[axis]
+  if not missing:
     return x
   return jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)])

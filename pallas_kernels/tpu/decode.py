@@ -8,7 +8,6 @@ over a list of the tiles that masks and lengths leave to visit, and spends nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -18,41 +17,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from pallas_kernels.algebra import FLOOR, LANES, Algebra, Facts, Side
+from pallas_kernels.algebra import LANES, Algebra, Facts, Side
+from pallas_kernels.decoding import GROUP, Call, Partials, check_beside, packed, planned, scales
 from pallas_kernels.tpu import decode_call
-from pallas_kernels.tpu.decode_call import GROUP, Call
 from pallas_kernels.tpu.streaming import COUNT, MASS, PEAK
 from pallas_kernels.tpu.walk import dot, lanes, weigh, wide
 from pallas_kernels.visits import EMPTY, FULL, PARTIAL, Operand
 
 SENT = 4  # copies of pages that are started in one turn of a loop
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Partials:
-  """Unfinished attention over a part of the keys each, float32; `combined` adds them up.
-
-  Attributes:
-    out: (splits, B, N, T, V), sums of weight * value.
-    mass: (splits, B, N, T), sums of |weight|.
-    peak: (splits, B, N, T), what weights are measured from: -inf where nothing was seen, 0 where
-      the algebra has no peak.
-    count: (splits, B, N, T), visible keys.
-  """
-
-  out: jax.Array
-  mass: jax.Array
-  peak: jax.Array
-  count: jax.Array
-
-
-def combined(parts: Partials, algebra: Algebra) -> Partials:
-  """The partial over the keys of all splits: the same without its first axis."""
-  peak = parts.peak.max(0)
-  factor = algebra.exp(parts.peak - jnp.maximum(peak, FLOOR))
-  out = (parts.out * factor[..., None]).sum(0)
-  return Partials(out, (parts.mass * factor).sum(0), peak, parts.count.sum(0))
 
 
 def decode(
@@ -103,14 +75,14 @@ def decode(
     NotImplementedError: pages too short for the dtype.
   """
   by_token = any(x is not None and x.ndim == 3 for x in (k_scale, v_scale))
-  call = Call.of(q, k, v, pages, splits, block_k, block_heads, by_token)
+  call = decode_call.call_of(q, k, v, pages, splits, block_k, block_heads, by_token)
   decode_call.check(call, q, k, v, by_token)
-  decode_call.check_beside(call, q_side, k_side, operands, layout, kinds, pages, lengths)
-  (k_head, k_token), (v_head, v_token) = (decode_call.scales(call, x) for x in (k_scale, v_scale))
+  check_beside(call, q_side, k_side, operands, layout, kinds, pages, lengths)
+  (k_head, k_token), (v_head, v_token) = (scales(call, x) for x in (k_scale, v_scale))
   lengths = jnp.full(call.B, call.S) if lengths is None else jnp.clip(lengths, 0, call.S)
-  plan = decode_call.planned(call, kinds, lengths)
+  plan = planned(call, kinds, lengths)
   listed, steps = decode_call.visits(plan, splits, prefix=kinds is None)
-  lies = functools.partial(decode_call.packed, call)
+  lies = functools.partial(packed, call)
   given = Operands(
     *listed, lengths.astype(jnp.int32),
     table=None if pages is None else jnp.clip(pages, 0, k.shape[0] - 1).reshape(-1),

@@ -4,72 +4,44 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
-from pallas_kernels.algebra import LANES, Side
+from pallas_kernels.algebra import LANES
+from pallas_kernels.decoding import GROUP, Call, expect
 from pallas_kernels.tpu.walk import SUBLANES
-from pallas_kernels.visits import EMPTY, PARTIAL
+from pallas_kernels.visits import EMPTY
 
 TILE_BYTES = 2**21  # of keys and values in a step: its time must hide the overhead of a step
 MOST_KEYS = 2048  # of a tile
 SCALARS = 2**20 - 2**16  # bytes of scalar memory for lists and tables; every chip has 1 MiB
-GROUP = len(Side._fields)  # the column beside those of `Side` that tells a row's head in its group
 
 
-class Call(NamedTuple):
-  """The sizes of a call.
+def call_of(q, k, v, pages, splits, block_k, block_heads, by_token: bool) -> Call:
+  """Of the arguments of `decode`; `by_token` tells whether there are scales of tokens."""
+  for name, x in dict(q=q, k=k, v=v).items():
+    if x.ndim != 4:
+      raise ValueError(f"{name} must have four axes, and has the shape {x.shape}")
+  (B, N, T, H), K, V = q.shape, k.shape[1], v.shape[3]
+  page = 0 if pages is None else k.shape[2]
+  S = pages.shape[-1] * page if page else k.shape[2]
+  heads = heads_of(K) if block_heads is None else block_heads
+  if heads < 1 or K % heads:
+    raise ValueError(f"block_heads={heads} does not divide the {K} heads of keys")
+  if by_token and heads % SUBLANES and block_heads is None:
+    heads = K  # a block of their scales is whole registers, or the whole array
+  block = block_of(k, v, S, page or 1, heads) if block_k is None else block_k
+  rows = pl.cdiv(N // K * T, SUBLANES) * SUBLANES
+  return Call(B, N, K, T, S, H, V, rows, block, heads, splits, page)
 
-  Attributes:
-    B, N, K, T, S, H, V: rows of the batch, heads, key heads, queries, slots, widths.
-    rows: the G T queries that share a key head, padded.
-    block, heads: keys and key heads of a step.
-    splits: parts of the keys that are summed apart.
-    page: slots of a page; 0 where the cache is not paged.
-  """
 
-  B: int
-  N: int
-  K: int
-  T: int
-  S: int
-  H: int
-  V: int
-  rows: int
-  block: int
-  heads: int
-  splits: int
-  page: int
-
-  @classmethod
-  def of(cls, q, k, v, pages, splits, block_k, block_heads, by_token: bool) -> Call:
-    """Of the arguments of `decode`; `by_token` tells whether there are scales of tokens."""
-    for name, x in dict(q=q, k=k, v=v).items():
-      if x.ndim != 4:
-        raise ValueError(f"{name} must have four axes, and has the shape {x.shape}")
-    (B, N, T, H), K, V = q.shape, k.shape[1], v.shape[3]
-    page = 0 if pages is None else k.shape[2]
-    S = pages.shape[-1] * page if page else k.shape[2]
-    heads = max(n for n in range(1, 9) if K % n == 0) if block_heads is None else block_heads
-    if heads < 1 or K % heads:
-      raise ValueError(f"block_heads={heads} does not divide the {K} heads of keys")
-    if by_token and heads % SUBLANES and block_heads is None:
-      heads = K  # a block of their scales is whole registers, or the whole array
-    block = block_of(k, v, S, page or 1, heads) if block_k is None else block_k
-    rows = pl.cdiv(N // K * T, SUBLANES) * SUBLANES
-    return cls(B, N, K, T, S, H, V, rows, block, heads, splits, page)
-
-  @property
-  def group(self) -> int:
-    return self.N // self.K
-
-  @property
-  def tiles(self) -> int:
-    return pl.cdiv(self.S, self.block)
+def heads_of(K: int) -> int:
+  """Key heads of a step if nobody says."""
+  return max(n for n in range(1, 9) if K % n == 0)
 
 
 def block_of(k: jax.Array, v: jax.Array, slots: int, page: int = 1, heads: int = 8) -> int:
@@ -81,20 +53,13 @@ def block_of(k: jax.Array, v: jax.Array, slots: int, page: int = 1, heads: int =
   return max(size, unit)
 
 
-def _expect(name: str, x: Any, *sizes: Any) -> None:
-  """Raises ValueError unless the array has these sizes; a pair allows either."""
-  options = [size if isinstance(size, tuple) else (size,) for size in sizes]
-  if x.ndim != len(sizes) or any(n not in option for n, option in zip(x.shape, options)):
-    raise ValueError(f"{name} has the shape {x.shape}; expected {sizes}, of a pair either")
-
-
 def check(call: Call, q, k, v, by_token: bool) -> None:
   """Raises ValueError or NotImplementedError where queries, keys, values or sizes do not fit."""
   if call.page:
-    _expect("k", k, k.shape[0], call.K, call.page, call.H)
+    expect("k", k, k.shape[0], call.K, call.page, call.H)
   else:
-    _expect("k", k, call.B, call.K, call.S, call.H)
-  _expect("v", v, *k.shape[:3], call.V)
+    expect("k", k, call.B, call.K, call.S, call.H)
+  expect("v", v, *k.shape[:3], call.V)
   _check_dtypes(call, q, k, v)
   _check_sizes(call, by_token)
 
@@ -132,26 +97,6 @@ def _check_sizes(call: Call, by_token: bool) -> None:
       f"a table of pages of {table} bytes and lists of tiles of {listed} exceed the {SCALARS} that "
       "fit scalar memory: call with fewer rows at once, or take larger pages or block_k"
     )
-
-
-def check_beside(call: Call, q_side, k_side, operands, layout, kinds, pages, lengths) -> None:
-  """Raises ValueError where the shapes of all other arguments do not fit."""
-  some = (1, call.B)
-  _expect("q_side", q_side, some, GROUP, call.T)
-  _expect("k_side", k_side, some, GROUP, call.S)
-  if kinds is not None:
-    _expect("kinds", kinds, some, call.tiles)
-  if lengths is not None:
-    _expect("lengths", lengths, call.B)
-  if pages is not None:
-    _expect("pages", pages, call.B, call.S // call.page)
-    if lengths is None:
-      raise ValueError("pages need lengths: the table of a row does not tell where it ends")
-  if len(operands) != len(layout):
-    raise ValueError(f"{len(operands)} operands need a layout each; there are {len(layout)}")
-  for x, kind in zip(operands, layout):
-    last = (1, call.S) if kind.pairs else x.shape[-1]
-    _expect("an operand", x, some, (1, call.N), (1, call.T), last)
 
 
 class Visits(NamedTuple):
@@ -207,35 +152,6 @@ def visits(kinds: jax.Array, splits: int, *, prefix: bool = False) -> tuple[Visi
   parts, steps = zip(*map(part, range(splits)))
   lists = (jnp.concatenate(x).astype(jnp.int32) for x in zip(*parts))
   return Visits(*lists), functools.reduce(jnp.maximum, steps)
-
-
-def planned(call: Call, kinds: jax.Array | None, lengths: jax.Array) -> jax.Array:
-  """The kinds of tiles (B, tiles) with lengths (B,) in them: nothing is FULL that ends early."""
-  first = jnp.arange(call.tiles) * call.block
-  kinds = jnp.full((1, call.tiles), PARTIAL) if kinds is None else kinds
-  whole = first + call.block <= lengths[:, None]
-  kinds = jnp.where(whole, kinds, jnp.minimum(kinds, PARTIAL))
-  return jnp.where(first < lengths[:, None], kinds, EMPTY).astype(jnp.int32)
-
-
-def scales(call: Call, scale: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
-  """Scales of heads (B, K), and of tokens (B, K, S), of which at least one is None."""
-  if scale is None:
-    return None, None
-  if scale.shape == (call.B, call.K, call.S):
-    return None, scale.astype(jnp.float32)
-  if scale.shape not in ((call.K,), (call.B, call.K)):
-    shapes = f"{(call.K,)}, {(call.B, call.K)} or {(call.B, call.K, call.S)}"
-    raise ValueError(f"a scale has the shape {scale.shape}; expected {shapes}")
-  return jnp.broadcast_to(scale, (call.B, call.K)).astype(jnp.float32), None
-
-
-def packed(call: Call, x: jax.Array) -> jax.Array:
-  """(#B, #N, #T, X) to (#B, #K, #rows, X): heads that share keys lie below each other."""
-  heads = call.group if x.shape[1] == 1 else call.N
-  x = jnp.broadcast_to(x, (x.shape[0], heads, call.T, x.shape[3]))
-  x = x.reshape(x.shape[0], heads // call.group, call.group * call.T, x.shape[3])
-  return jnp.pad(x, ((0, 0), (0, 0), (0, call.rows - x.shape[2]), (0, 0)))
 
 
 def standing(call: Call, q_side: jax.Array) -> jax.Array:
