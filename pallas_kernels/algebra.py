@@ -37,6 +37,7 @@ class Facts(NamedTuple):
     batch, head: scalars; the head is that of the query.
     operands: a tile of each array that was handed to the kernel.
     turned: whether the tile is (K, Q).
+    origin: (1, 1), a position near to those of the queries, where the sides cannot be sliced.
   """
 
   q: Side
@@ -45,6 +46,7 @@ class Facts(NamedTuple):
   head: Any
   operands: tuple[jax.Array, ...] = ()
   turned: bool = False
+  origin: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Algebra:
     edit: (weights, facts) -> the weights that read values.
     height: scores -> what the running peak of a row is the maximum of; None: weights are measured
       from zero.
+    unit: what the peaks of heights are multiplied by: `weigh` does so to scores, pair by pair,
+      where it subtracts the peak at once.
     exp: the exponential in whose unit peaks are, `jnp.exp` or `jnp.exp2`: a partial that is
       measured from peak a is exp(a - b) times as large measured from b.
     signed: whether weights may be negative.
@@ -73,6 +77,7 @@ class Algebra:
   weigh: Callable[[jax.Array, Any, jax.Array], jax.Array]
   edit: Callable[[jax.Array, Facts], jax.Array]
   height: Callable[[jax.Array], jax.Array] | None = None
+  unit: float = 1.0
   exp: Callable[[jax.Array], jax.Array] = jnp.exp
   signed: bool = True
   drops: bool = False
@@ -99,7 +104,8 @@ class Algebra:
     assert self.height is not None
     height = self.height(scores)
     height = height if visible is True else jnp.where(visible, height, -jnp.inf)
-    return jnp.max(height, axis=axis, keepdims=True)
+    highest = jnp.max(height, axis=axis, keepdims=True)
+    return highest if self.unit == 1 else highest * self.unit
 
 
 def softmax(
@@ -110,6 +116,7 @@ def softmax(
   edit: Callable[[jax.Array, Facts], jax.Array] = lambda weights, facts: weights,
   turns: bool = True,
   counts: bool = True,
+  late: bool = False,
 ) -> Algebra:
   """exp(s) = 2^(s log2 e), with s = score(scale * product), as the exponential unit takes it.
 
@@ -121,20 +128,23 @@ def softmax(
     scale: factor on the products.
     score: edits of the scaled products; None for none.
     visible, edit, turns, counts: as in `Algebra`.
+    late: scale, if there is no `score`, where the peak is subtracted, which is one instruction on
+      GPUs; a TPU has the two apart.
   """
   unit = math.log2(math.e)
+  factor = scale * unit if late and score is None and scale > 0 else 1.0  # of scores to peaks
 
   def scores_of(products: jax.Array, facts: Facts) -> jax.Array:
     if score is None:
-      return products * (scale * unit)
+      return products if factor != 1 else products * (scale * unit)
     return scaled(lambda products: score(products, facts), scale, unit)(products)
 
   def weigh(scores: jax.Array, seen: Any, peak: jax.Array) -> jax.Array:
     assert seen is True
-    return jnp.exp2(scores - peak)
+    return jnp.exp2((scores if factor == 1 else scores * factor) - peak)
 
   return Algebra(
     scores_of, visible, weigh, edit,
-    height=lambda scores: scores, exp=jnp.exp2, signed=False, drops=True, turns=turns,
+    height=lambda scores: scores, unit=factor, exp=jnp.exp2, signed=False, drops=True, turns=turns,
     counts=counts,
   )  # fmt: skip

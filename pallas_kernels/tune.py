@@ -13,7 +13,8 @@ within 1 %, those are taken that spill the fewest registers. Of tiles, the one w
 
 where 300 is about what a grid step spends around its body. That is for a mask that leaves all
 pairs; a caller whose mask leaves few of a tile takes smaller ones. What takes more VMEM than the
-compiler grants a kernel on the chip, less a margin for masks and operands, is out.
+compiler grants a kernel on the chip, less a margin for masks and operands, is out. So are tiles of
+more than 32 pieces, which take minutes to compile.
 
 The search descends from what the table says, or where it says nothing from two points, by steps
 along ahead, columns or rows, at one size of tiles; then it tries the other sizes with what it
@@ -54,6 +55,7 @@ SIZES = (
   (512, 1024), (1024, 512), (1024, 1024), (512, 2048), (2048, 512), (1024, 2048), (2048, 1024),
   (2048, 2048),
 )  # fmt: skip
+MOST = 32  # pieces of a tile, all of which the code of a kernel holds
 LEAST = (512, 512)  # the tile of shapes for which BASE has no room
 PIECES = dict(ahead=(0, 1, 2, 3, 4, 6), columns=(512, 1024, 2048), rows=(128, 256, 512, 1024))
 BASE = (1024, 1024)  # the tile at which the search begins
@@ -157,7 +159,7 @@ class Bench:
     self, kernel: str, shape: Shape, cuts: Iterable[Blocks]
   ) -> dict[Blocks, Figures]:
     """Figures of those that compile and fit."""
-    wanted = {cut: target(kernel, shape, cut) for cut in cuts}
+    wanted = {cut: target(kernel, shape, cut) for cut in cuts if len(cut.pieces()) <= MOST}
     missing = [cut for cut, case in wanted.items() if case not in self.known]
     with tempfile.TemporaryDirectory(prefix="tune-") as scratch:
       pool = futures.ThreadPoolExecutor(self.jobs)

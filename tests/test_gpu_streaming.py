@@ -39,11 +39,13 @@ TOKENS = Tokens.of_length(T, offset=30), Tokens.of_length(S)  # tiles of all kin
 FAR = AttentionSpec.from_mods(  # falls with distance, at a rate of the head
   score_mod=lambda s, b, n, i, j: s - jnp.exp2(-2.0 * (n + 1)) * jnp.abs(i - j)
 ).transforms
+ALIBI = registry.build("transforms", dict(name="alibi", num_heads=2))
 SPECS = {
   "full": AttentionSpec(),
   "causal": AttentionSpec(mask=CAUSAL),
   "window": AttentionSpec(mask=CAUSAL & masks.Window(40)),
   "capped": AttentionSpec(mask=CAUSAL, transforms=(transforms.SoftCap(2.0), *FAR)),
+  "alibi": AttentionSpec(mask=CAUSAL, transforms=(ALIBI,)),
   "sigmoid": AttentionSpec(
     mask=CAUSAL, normaliser=registry.build("normalisers", dict(name="sigmoid", length=64))
   ),

@@ -36,11 +36,11 @@ class _Table(Table):
 
 
 def algebra(
-  spec: AttentionSpec, handed: Handed, H: int, dtype: Any, exist: bool = False
+  spec: AttentionSpec, handed: Handed, H: int, dtype: Any, exist: bool = False, **how: bool
 ) -> Algebra:
   """What the kernels are handed: the spec, read at tiles. Base 2 is for inputs below float32.
 
-  Where all tokens `exist`, what is visible is what the mask says.
+  Where all tokens `exist`, what is visible is what the mask says. `how` is for `softmax`.
   """
   one = all(operand.array.shape[2:] == (1, 1) for operand in handed.operands)
   normaliser, factor = spec.normaliser, spec.factor(H)
@@ -49,7 +49,8 @@ def algebra(
   def read(facts: Facts):
     here, tables = handed.build(facts.operands, _Table)
     one_pair = lambda x: x if jnp.ndim(x) else jnp.full((1, 1), x, jnp.int32)
-    q = Tokens(*facts.q, batch=one_pair(facts.batch), head=one_pair(facts.head))
+    pair = dict(batch=one_pair(facts.batch), head=one_pair(facts.head), origin=facts.origin)
+    q = Tokens(*facts.q, **pair)
     return here, tables, q, Tokens(*facts.k)
 
   def score(scaled, facts: Facts):
@@ -67,7 +68,7 @@ def algebra(
   if soft and jnp.dtype(dtype).itemsize < 4:
     between = score if spec.transforms else None
     return softmax(
-      factor, score=between, visible=visible, edit=edit, turns=one, counts=normaliser.counts
+      factor, score=between, visible=visible, edit=edit, turns=one, counts=normaliser.counts, **how
     )
   height: Any = normaliser.height
   has_peak = height(jnp.zeros((1, 1))) is not None

@@ -51,7 +51,7 @@ def partial(
   """
   T, H, S = q.shape[1], q.shape[3], k.shape[1]
   handed = hand_over(spec, q, q_tokens, k_tokens)
-  blocks = cut(q, v, handed) if blocks is None else blocks
+  blocks = choose(H, v.shape[3], q.dtype) if blocks is None else blocks
   cuts = _cuts(blocks, H, v.shape[3])
   rows, columns = (
     -(-length // math.lcm(*sizes)) * math.lcm(*sizes)
@@ -60,7 +60,8 @@ def partial(
   tokens = plans.pad(q_tokens, rows), plans.pad(k_tokens, columns)
   kinds = tuple(plans.rows(spec.mask, *tokens, *cut).kinds() for cut in cuts)
   exist = rows == T and columns == S and all(map(_exist, tokens))
-  algebra = dataclasses.replace(by_tile.algebra(spec, handed, H, q.dtype, exist), turns=True)
+  algebra = by_tile.algebra(spec, handed, H, q.dtype, exist, late=True)
+  algebra = dataclasses.replace(algebra, turns=True)
   run = _Run(algebra, handed, blocks, interpret, kinds)
   traced = None if isinstance(kinds[0], np.ndarray) else kinds
   p = run.fold(
@@ -69,17 +70,6 @@ def partial(
   )  # fmt: skip
   by_row = lambda x: jnp.swapaxes(x, 1, 2)
   return Partial(p.out, by_row(p.mass), by_row(p.peak), by_row(p.count))
-
-
-def cut(q, v, handed: Handed) -> Chosen:
-  """How the kernels cut a call: as the table of the chip says, and where operands take registers,
-
-  gradients of queries in tiles of 64 keys.
-  """
-  blocks = choose(q.shape[3], v.shape[3], q.dtype)
-  if not handed.operands:
-    return blocks
-  return blocks._replace(queries=dataclasses.replace(blocks.queries, k=min(64, blocks.queries.k)))
 
 
 def _cuts(blocks: Chosen, H: int, V: int) -> list[tuple[int, int]]:
@@ -215,7 +205,8 @@ def _unknown(spec: AttentionSpec, q: jax.Array, k: jax.Array) -> str | None:
   how = by_tile.algebra(spec, handed[0], q.shape[3], q.dtype)
 
   def tile(products, side, number, *tiles):
-    facts = Facts(Side(side, side, side), Side(side, side, side), number, number, tiles)
+    sides, one = Side(side, side, side), jnp.full((1, 1), number)
+    facts = Facts(sides, sides, number, number, tiles, origin=one)
     scores, visible, told = how.masked(products, facts, True)
     height = scores if how.height is None else how.height(scores)
     weights = how.weigh(scores, told, jnp.zeros_like(scores))

@@ -26,6 +26,7 @@ class Tokens:
     segment: document id, for rows that pack several documents.
     batch: row of the batch; set by `rows`.
     head: query head; set by `rows`.
+    origin: a position near to these, broadcasting to them; set in kernels that cannot slice them.
     table: the `Table` of the transform that is called; set by `AttentionSpec.score`.
   """
 
@@ -34,6 +35,7 @@ class Tokens:
   segment: jax.Array
   batch: jax.Array | None = None
   head: jax.Array | None = None
+  origin: jax.Array | None = None
   table: Any = None
 
   @classmethod

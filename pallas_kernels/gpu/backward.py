@@ -24,7 +24,7 @@ from pallas_kernels.gpu.rings import (
   write,
 )  # fmt: skip
 from pallas_kernels.gpu.tiles import (
-  COLUMN, ROW, ROWS, TILE, Blocks, Order, Warpgroup, inlined, lists, smem, whole,
+  COLUMN, ROW, ROWS, TILE, Blocks, Order, Warpgroup, eights, inlined, lists, smem, whole,
 )  # fmt: skip
 from pallas_kernels.visits import EMPTY, Operand, occurring
 
@@ -109,6 +109,7 @@ def _gradient_of_queries(
       plgpu.copy_gmem_to_smem(grad.at[b, mine, n], grad_tile, own_full.at[w])
       told = [unit.load(rows.at[b, n, row, mine], ROW) for row in (ORIGIN, SLOPE)]
       q_facts = unit.side(q_side.at[here.of(q_side), :, mine], ROW)
+      origin = unit.origin(q_side.at[here.of(q_side), :, mine])
       numbers, turns = unit.numbers(operand_refs, b, n), Turns(turn, w, W)
       plgpu.barrier_wait(own_full.at[w])
 
@@ -120,7 +121,7 @@ def _gradient_of_queries(
         products = _products(unit, pairs, turns.give)
         free(v_ring, t)
         tiles = unit.operands_at(operand_refs, layout, b, n, mine, here.tile(t), numbers)
-        facts = unit.facts(q_facts, unit.side(k_facts, COLUMN), b, n, tiles)
+        facts = unit.facts(q_facts, unit.side(k_facts, COLUMN), b, n, tiles, origin=origin)
         pull = _pulled(algebra, unit, masked, facts, moving, told, axis=0)
         _, products, moved = pull(*products)
         turns.take()
@@ -140,7 +141,8 @@ def _gradient_of_queries(
 
   out, *tables = run(
     kernel, "attnx_gradient_of_queries", B * N * lines, W,
-    [((B, total if interpret else T, N, H), q.dtype), *[((B, N, total), F32)] * sum(moving)],
+    [((B, total if interpret else eights(T), N, H), q.dtype),
+     *[((B, N, total), F32)] * sum(moving)],
     dict(
       q_tiles=tile(W, bq, H), grad_tiles=tile(W, bq, V),
       own_full=plgpu.Barrier(num_arrivals=2, num_barriers=W),
@@ -259,7 +261,8 @@ def gradient_of_keys(
       def facts_of(t, side):
         n = here.head(t)
         tiles = _turned(unit, operand_refs, b, n, here.tile(t), mine)
-        return unit.facts(unit.side(side, COLUMN), k_facts, b, n, tiles, turned=True)
+        how = dict(turned=True, origin=unit.origin(side))
+        return unit.facts(unit.side(side, COLUMN), k_facts, b, n, tiles, **how)
 
       def told_of(told):
         return [unit.load(told.at[row], COLUMN) for row in (ORIGIN, SLOPE)]
@@ -359,7 +362,7 @@ def gradient_of_keys(
         turns.give()
         write((k_tile, fold(keys, zeros(H)), dk_out))
 
-  stored = columns if interpret else S
+  stored = columns if interpret else eights(S)
   dk, dv = run(
     kernel, "attnx_gradient_of_keys", B * K * lines, W,
     [((B, stored, K, H), k.dtype), ((B, stored, K, V), v.dtype)], scratch, interpret,
@@ -446,6 +449,7 @@ def gradient_of_pairs(
           unit.side(q_side.at[of(q_side), :, mine], ROW),
           unit.side(k_side.at[of(k_side), :, keys], COLUMN), b, n,
           unit.operands_at(operand_refs, layout, b, n, mine, keys),
+          origin=unit.origin(q_side.at[of(q_side), :, mine]),
         )  # fmt: skip
         q_tiles, grad_tiles, k_tile, v_tile = wait(tiles, t)
         products = unit.products([(q_tiles.at[w], k_tile), (grad_tiles.at[w], v_tile)])

@@ -490,7 +490,7 @@ def _highest(algebra: Algebra, asked: Sequence[tuple]) -> jax.Array:
     else jnp.where(visible, algebra.height(scores), -jnp.inf)
     for scores, visible, _ in asked
   ]  # fmt: skip
-  return jnp.max(functools.reduce(jnp.maximum, heights), axis=0)
+  return jnp.max(functools.reduce(jnp.maximum, heights), axis=0) * algebra.unit
 
 
 def _facts(block: Block, place: Place, scratch: Scratch, tile, slot, piece) -> Facts:

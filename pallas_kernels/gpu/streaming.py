@@ -119,6 +119,7 @@ def forward(
       q_tile = q_tiles.at[w]
       plgpu.copy_gmem_to_smem(q.at[b, mine, n], q_tile, q_full.at[w])
       q_facts = unit.side(q_side.at[of(q_side), :, mine], ROW)
+      origin = unit.origin(q_side.at[of(q_side), :, mine])
       numbers = unit.numbers(operand_refs, b, n)
 
       def give_turn():
@@ -136,7 +137,7 @@ def forward(
         plgpu.barrier_arrive(k_free.at[slot])
         keys = pl.ds(0, bk) if one else keys_of(t)
         tiles = unit.operands_at(operand_refs, layout, b, n, mine, keys, numbers)
-        facts = unit.facts(q_facts, unit.side(k_sides.at[slot], COLUMN), b, n, tiles)
+        facts = unit.facts(q_facts, unit.side(k_sides.at[slot], COLUMN), b, n, tiles, origin=origin)
         weigh = inlined(lambda *of: visit(*of, facts=facts, masked=masked))
         weights, factor, seen = weigh(products, seen)
         if factor is not None:
@@ -218,7 +219,7 @@ def _visit(products, seen, *, facts: Facts, masked: bool, unit: Warpgroup, algeb
   else:
     height = algebra.height(scores)
     height = height if told is True else jnp.where(told, height, -jnp.inf)
-    before, peak = peak, jnp.maximum(peak, jnp.max(height, axis=1))
+    before, peak = peak, jnp.maximum(peak, jnp.max(height, axis=1) * algebra.unit)
     origin = jnp.maximum(peak, FLOOR)  # finite where nothing was seen
     factor = algebra.exp(before - origin)
     mass = mass * factor

@@ -223,9 +223,13 @@ class Warpgroup:
     """The fields of tokens from (3, L) in global or shared memory, (L,) each in ROW or COLUMN."""
     return Side(*(self.load(ref.at[c], layout) for c in range(len(Side._fields))))
 
+  def origin(self, ref: Any) -> jax.Array:
+    """(1, 1), the position of the first of the tokens in (3, L)."""
+    return jnp.full((1, 1), ref[Side._fields.index("position"), 0])
+
   def facts(
     self, q: Side, k: Side, b: Any, n: Any, operands: tuple[jax.Array, ...] = (),
-    *, turned: bool = False,
+    *, turned: bool = False, origin: Any = None,
   ) -> Facts:  # fmt: skip
     """Facts whose sides are whole tiles.
 
@@ -234,13 +238,14 @@ class Warpgroup:
       b, n: row of the batch and head of the queries.
       operands: as `operands_at` gives them.
       turned: whether tiles are (K, Q).
+      origin: of the queries, as `origin` gives it.
     """
     rows, columns = (k, q) if turned else (q, k)
     shape = rows.index.shape[0], columns.index.shape[0]
     spread = lambda side, axis: Side(*(self.wide(x, shape, axis) for x in side))
     rows, columns = spread(rows, 0), spread(columns, 1)
     q, k = (columns, rows) if turned else (rows, columns)
-    return Facts(q, k, b, n, operands, turned)
+    return Facts(q, k, b, n, operands, turned, origin)
 
   def numbers(self, refs: Sequence[Any], b: Any, n: Any) -> tuple[jax.Array | None, ...]:
     """(1, 1) of each operand that is one number of a head, None for others; see `operands_at`."""

@@ -36,7 +36,8 @@ class Alibi(Transform):
     head = jnp.asarray(q.head).astype(scores.dtype)
     rank = jnp.where(head < power, head + 1, head - power + 0.5)
     slope = jnp.exp2(-8 * rank / power)
-    origin = q.position[..., :1, :1]  # exact in floats near to it, and a pair costs no conversion
+    # Positions are exact in floats near to the origin, and a pair costs no conversion.
+    origin = q.position[..., :1, :1] if q.origin is None else q.origin
     at, of = (slope * (x - origin).astype(scores.dtype) for x in (q.position, k.position))
     return scores - jnp.abs(at - of)
 
