@@ -27,6 +27,7 @@ from attnx.attention import AttentionSpec, masks, mosaic_gpu, reference, transfo
 from attnx.core import registry
 from attnx.core.tokens import Tokens
 from pallas_kernels import aot, blocks
+from pallas_kernels.gpu import streaming
 from pallas_kernels.gpu.tiles import Blocks, Chosen, Order, choose, lists
 from pallas_kernels.visits import EMPTY, FULL, PARTIAL
 
@@ -120,6 +121,14 @@ def test_heads_of_many_widths(widths):
 def test_blocks_change_nothing(cut):
   cuts = BLOCKS._replace(forward=Blocks(*cut))
   assert_reference(SPECS["causal"], arguments(), *TOKENS, blocks=cuts)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_few_queries_have_a_kernel_of_their_own(traced, monkeypatch):
+  monkeypatch.setattr(streaming, "forward", None)
+  tokens = Tokens.of_length(3, offset=140), Tokens.of_length(152)
+  qkv = arguments(heads=(4, 2), lengths=(3, 152))
+  assert_reference(SPECS["capped"], qkv, *tokens, traced=traced)
 
 
 def packed(length: int, documents: tuple[int, ...], padding: int) -> Tokens:

@@ -150,3 +150,14 @@ def sides(tokens: Tokens, length: int) -> jax.Array:
   return jnp.stack(
     [jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, length)) for x in fields], axis=1
   )
+
+
+def all_exist(tokens: Tokens) -> bool:
+  """Whether every token is known to exist before anything runs."""
+  return isinstance(tokens.position, np.ndarray) and bool((tokens.position >= 0).all())
+
+
+def summed(grad: jax.Array, like: jax.Array) -> jax.Array:
+  """A gradient summed over the axes along which an operand is one."""
+  axes = [axis for axis, n in enumerate(like.shape) if n == 1 and grad.shape[axis] != 1]
+  return grad.sum(axes, keepdims=True).astype(like.dtype)

@@ -14,16 +14,18 @@ import numpy as np
 
 from attnx.attention import by_tile
 from attnx.attention import plan as plans
-from attnx.attention.handed import Handed, hand_over, padded, sides
+from attnx.attention.handed import Handed, all_exist, hand_over, padded, sides, summed
 from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec
 from attnx.core.tokens import Tokens
 from attnx.core.varying import alone
 from pallas_kernels.algebra import FLOOR, Algebra, Facts, Side
-from pallas_kernels.gpu import backward, streaming
+from pallas_kernels.decoding import combined
+from pallas_kernels.gpu import backward, decode, decode_call, streaming
 from pallas_kernels.gpu.tiles import Chosen, choose
 from pallas_kernels.visits import Operand
 
+FEW = 16  # queries that are decoding and not training
 LIST = 2**24  # tiles of a plan, of which a kernel reads one number each: 64 MiB
 WIDTHS = range(32, 257, 32)  # of heads
 
@@ -59,10 +61,15 @@ def partial(
   )
   tokens = plans.pad(q_tokens, rows), plans.pad(k_tokens, columns)
   kinds = tuple(plans.rows(spec.mask, *tokens, *cut).kinds() for cut in cuts)
-  exist = rows == T and columns == S and all(map(_exist, tokens))
+  block = 0
+  if T <= FEW and S % 8 == H % 64 == v.shape[3] % 64 == 0:
+    block = decode_call.block_of(k, v, S)
+    few = plans.rows(spec.mask, q_tokens, plans.pad(k_tokens, -(-S // block) * block), T, block)
+    kinds += (few.kinds()[:, 0],)
+  exist = rows == T and columns == S and all(map(all_exist, tokens))
   algebra = by_tile.algebra(spec, handed, H, q.dtype, exist, late=True)
   algebra = dataclasses.replace(algebra, turns=True)
-  run = _Run(algebra, handed, blocks, interpret, kinds)
+  run = _Run(algebra, handed, blocks, interpret, kinds, (T, S, block))
   traced = None if isinstance(kinds[0], np.ndarray) else kinds
   p = run.fold(
     q, k, v, [padded(operand, rows, columns) for operand in handed.operands],
@@ -78,11 +85,6 @@ def _cuts(blocks: Chosen, H: int, V: int) -> list[tuple[int, int]]:
   return [*((cut.line, cut.k) for cut in (blocks.forward, blocks.queries)), keys]
 
 
-def _exist(tokens: Tokens) -> bool:
-  """Whether every token is known to exist before anything runs."""
-  return isinstance(tokens.position, np.ndarray) and bool((tokens.position >= 0).all())
-
-
 def summary(spec: AttentionSpec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> plans.Summary:
   """The plan that the forward kernel follows for a call; arrays may be shapes only."""
   blocks = choose(q.shape[3], v.shape[3], q.dtype).forward
@@ -93,17 +95,30 @@ def summary(spec: AttentionSpec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) ->
 class _Run:
   """The forward and the backward kernels of one call, as a function with a gradient.
 
-  `kinds` are those of the plans of the three kernels, which share sides and operands.
+  `kinds` are those of the plans of the three kernels, which share sides and operands. A few
+  queries, as in decoding, have a kernel of their own, unless a gradient is asked for: `sizes` are
+  T, S and the keys of its tiles, 0 if it is not to be used, and its plan is the fourth.
   """
 
-  def __init__(self, algebra: Algebra, handed: Handed, blocks: Chosen, interpret, kinds):
+  def __init__(self, algebra: Algebra, handed: Handed, blocks: Chosen, interpret, kinds, sizes):
+    self.sizes = sizes
     self.unit = math.log(2) if algebra.exp is jnp.exp2 else 1.0
     self.kinds = kinds if isinstance(kinds[0], np.ndarray) else None
     self.blocks = blocks
     layout = tuple(Operand(operand.pairs) for operand in handed.operands)
     self.how = dict(algebra=algebra, layout=layout, interpret=interpret)
-    self.fold = jax.custom_vjp(lambda *args: self._forward(*args)[0])
+    self.fold = jax.custom_vjp(self._few if sizes[2] else lambda *args: self._forward(*args)[0])
     self.fold.defvjp(self._forward, self._backward)
+
+  def _few(self, q, k, v, operands, sides, kinds) -> Partial:
+    T, S, block = self.sizes
+    parts = decode.decode(
+      jnp.swapaxes(q, 1, 2), k, v, sides[0][..., :T], sides[1][..., :S],
+      [x[:, :, :T, :S] for x in operands], jnp.asarray((self.kinds or kinds)[3]), block_k=block,
+      **self.how,
+    )  # fmt: skip
+    seen = combined(parts, self.how["algebra"])
+    return Partial(jnp.swapaxes(seen.out, 1, 2), seen.mass, seen.peak * self.unit, seen.count)
 
   def _forward(self, q, k, v, operands, sides, kinds):
     args = (q, k, v, *sides, operands, (self.kinds or kinds)[0])
@@ -133,14 +148,8 @@ class _Run:
       elif layout.pairs:
         moved.append(_padded(pairs(number=n), x))
       else:
-        moved.append(_summed(next(rest), x))
+        moved.append(summed(next(rest), x))
     return dq, dk, dv, moved, None, None
-
-
-def _summed(grad: jax.Array, like: jax.Array) -> jax.Array:
-  """A gradient summed over the axes along which an operand is one."""
-  axes = [axis for axis, n in enumerate(like.shape) if n == 1 and grad.shape[axis] != 1]
-  return grad.sum(axes, keepdims=True).astype(like.dtype)
 
 
 def _padded(grad: jax.Array, like: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from attnx.attention import by_tile
 from attnx.attention import plan as plans
-from attnx.attention.handed import Handed, hand_over, padded, sides
+from attnx.attention.handed import Handed, all_exist, hand_over, padded, sides, summed
 from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec
 from attnx.core.tokens import Tokens
@@ -61,7 +61,7 @@ def partial(
   kinds = plans.rows(
     spec.mask, plans.pad(q_tokens, rows), plans.pad(k_tokens, columns), *sizes
   ).kinds()
-  exist = rows == T and columns == S and all(map(_exist, (q_tokens, k_tokens)))
+  exist = rows == T and columns == S and all(map(all_exist, (q_tokens, k_tokens)))
   run = _Run(by_tile.algebra(spec, handed, H, q.dtype, exist), handed, blocks, interpret, kinds, T)
   heads = lambda x, length: jnp.swapaxes(
     jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))), 1, 2
@@ -173,19 +173,8 @@ class _Run:
       elif layout.pairs:
         moved.append(beside(streaming.gradient_of_pairs, number=n).astype(x.dtype))
       else:
-        moved.append(_summed(next(by_row), x))
+        moved.append(summed(next(by_row), x))
     return dq.astype(q.dtype), dk, dv, moved, None, None
-
-
-def _summed(grad: jax.Array, like: jax.Array) -> jax.Array:
-  """A gradient summed over the axes along which an operand is one."""
-  axes = [axis for axis, n in enumerate(like.shape) if n == 1 and grad.shape[axis] != 1]
-  return grad.sum(axes, keepdims=True).astype(like.dtype)
-
-
-def _exist(tokens: Tokens) -> bool:
-  """Whether every token is known to exist before anything runs."""
-  return isinstance(tokens.position, np.ndarray) and bool((tokens.position >= 0).all())
 
 
 def refusal(

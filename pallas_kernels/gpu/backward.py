@@ -31,7 +31,6 @@ from pallas_kernels.visits import EMPTY, Operand, occurring
 F32 = jnp.float32
 ORIGIN, SLOPE = range(2)  # rows of what the kernels are told
 SHARED = 225 * 1024  # bytes of shared memory that tiles may take
-SINGLY = plgpu.Layout._WGMMA_ACC_32BIT  # a tile, none of whose elements lie together
 WIDE = 256  # H + V above which the sums of 64 keys and values leave a warpgroup no registers
 
 
@@ -118,7 +117,7 @@ def _gradient_of_queries(
         q_tile, grad_tile = anew(w, q_tiles, grad_tiles)
         (k_tile, k_facts), (v_tile,) = tiles_of(k_ring, t), tiles_of(v_ring, t)
         pairs = [(q_tile, k_tile), (grad_tile, v_tile)]
-        products = _products(unit, pairs, turns.give)
+        products = unit.products(pairs, meanwhile=turns.give)
         free(v_ring, t)
         tiles = unit.operands_at(operand_refs, layout, b, n, mine, here.tile(t), numbers)
         facts = unit.facts(q_facts, unit.side(k_facts, COLUMN), b, n, tiles, origin=origin)
@@ -260,7 +259,7 @@ def gradient_of_keys(
 
       def facts_of(t, side):
         n = here.head(t)
-        tiles = _turned(unit, operand_refs, b, n, here.tile(t), mine)
+        tiles = unit.operands_at(operand_refs, layout, b, n, here.tile(t), mine, turned=True)
         how = dict(turned=True, origin=unit.origin(side))
         return unit.facts(unit.side(side, COLUMN), k_facts, b, n, tiles, **how)
 
@@ -272,7 +271,7 @@ def gradient_of_keys(
         k_tile, v_tile = anew(own, k_tiles, v_tiles)
         (q_tile, side), (grad_tile, told) = tiles_of(q_ring, t), tiles_of(grad_ring, t)
         pairs = [(k_tile, q_tile), (v_tile, grad_tile)]
-        products = _products(unit, pairs, turns.give)
+        products = unit.products(pairs, meanwhile=turns.give)
         pull = _pulled(algebra, unit, masked, facts_of(t, side), still, told_of(told), axis=1)
         edited, products, _ = pull(*products)
         edited, products = (x.astype(q_tile.dtype) for x in (edited, products))
@@ -496,26 +495,6 @@ def _check(q, k, v, grad, operands, blocks: Blocks) -> None:
     )
 
 
-def _products(unit: Warpgroup, pairs, meanwhile: Callable) -> list:
-  """`Warpgroup.products`, where registers are set to zero for each while those before multiply."""
-  if unit.interpret:
-    return unit.products(pairs, meanwhile=meanwhile)
-
-  def start(pairs, sums):
-    if not pairs:
-      meanwhile()
-      return [acc[...] for acc in sums]
-    (a, b), *rest = pairs
-
-    def run(acc):
-      plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)))
-      return start(rest, [*sums, acc])
-
-    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[0]), F32))
-
-  return start(pairs, [])
-
-
 def _add(unit: Warpgroup, terms, meanwhile: Callable) -> tuple:
   """acc + a b for each (acc, a, b), started one after the other; `meanwhile` runs once all are."""
   accs, *operands = zip(*terms)
@@ -539,26 +518,6 @@ def _visit(step: Callable, here: Line, sums, kinds):
   if some_occurs:
     sums = lax.fori_loop(here.full, here.visits, functools.partial(step, True), sums)
   return sums
-
-
-def _turned(unit: Warpgroup, refs, b, n, rows, columns) -> tuple:
-  """A (K, Q) tile of each operand, as `Warpgroup.operands_at` gives them."""
-  shape = columns.size, rows.size
-
-  def tile(ref):
-    B, N, T, S = ref.shape
-    head = 0 if B == 1 else b, 0 if N == 1 else n
-    if T == 1:
-      return unit.wide(unit.load(ref.at[*head, 0, columns], ROW), shape, 0)
-    if S == 1:
-      return unit.wide(unit.load(ref.at[*head, rows, 0], COLUMN), shape, 1)
-    ref = ref.at[*head, rows, columns]
-    if unit.interpret:
-      return ref[...].T
-    return unit.cast(unit.load(plgpu.transpose_ref(ref, (1, 0)), SINGLY), TILE)
-
-  known = zip(refs, unit.numbers(refs, b, n), strict=True)
-  return tuple(tile(ref) if one is None else one for ref, one in known)
 
 
 def _pulled(

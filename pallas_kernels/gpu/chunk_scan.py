@@ -34,7 +34,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
-from pallas_kernels.gpu.tiles import ROW, TILE, Warpgroup, smem
+from pallas_kernels.gpu.tiles import ROW, TILE, Warpgroup, smem, varying
 
 C = 64  # tokens of a chunk: the rows of an instruction that multiplies
 COLUMNS = 64  # of a state that a program of the walk holds
@@ -172,9 +172,7 @@ def launch(
     kernel_name=f"attnx_{name}",
     interpret=plan.interpret,
   )(*arrays)
-  vary = lambda x: jax.typeof(x).manual_axis_type.varying
-  axes = frozenset().union(*map(vary, arrays))  # plgpu.kernel forgets them
-  return [lax.pcast(x, tuple(axes - vary(x)), to="varying") for x in out] if axes else out
+  return varying(out, arrays)
 
 
 def products(

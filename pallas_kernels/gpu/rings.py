@@ -14,7 +14,7 @@ import jax.experimental.pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.gpu.tiles import Order
+from pallas_kernels.gpu.tiles import Order, varying
 
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 24)}  # of those that multiply, and that move
 
@@ -178,11 +178,11 @@ def digits(number, sizes: Sequence[int]) -> list:
 
 
 def run(kernel, name: str, blocks: int, warpgroups: int, outs, scratch, interpret, *inputs):
-  """The call of a kernel; `outs` are (shape, dtype) of its outputs."""
-  vary = jax.typeof(inputs[-1]).manual_axis_type  # inside of `jax.shard_map`: as queries do
-  return plgpu.kernel(
+  """Results of a kernel, `outs` being (shape, dtype) of each; they vary as inputs do."""
+  inputs = [jnp.asarray(x) for x in inputs]
+  out = plgpu.kernel(
     kernel,
-    out_type=[jax.ShapeDtypeStruct(*out, manual_axis_type=vary) for out in outs],
+    out_type=[jax.ShapeDtypeStruct(*out) for out in outs],
     grid=(blocks,),
     grid_names=("block",),
     num_threads=warpgroups + 1,
@@ -191,4 +191,5 @@ def run(kernel, name: str, blocks: int, warpgroups: int, outs, scratch, interpre
     compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     interpret=interpret or None,
     kernel_name=name,
-  )(*(jnp.asarray(x) for x in inputs))
+  )(*inputs)
+  return varying(out, inputs)

@@ -18,8 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.algebra import FLOOR, Algebra, Facts
+from pallas_kernels.gpu.rings import REGISTERS, run
 from pallas_kernels.gpu.tiles import (
-  COLUMN, ROW, TILE, Blocks, Order, Warpgroup, inlined, lists, registers, smem, whole,
+  COLUMN, ROW, TILE, Blocks, Order, Warpgroup, inlined, lists, smem, whole,
 )  # fmt: skip
 from pallas_kernels.visits import Operand, occurring
 
@@ -89,7 +90,7 @@ def forward(
 
     @pl.when(w == W)
     def _move():
-      plgpu.set_max_registers(registers(W)[1], action="decrease")
+      plgpu.set_max_registers(REGISTERS[W][1], action="decrease")
       head = lax.div(n, jnp.int32(N // K))
 
       def move(t, again: bool):
@@ -114,7 +115,7 @@ def forward(
 
     @pl.when(w < W)
     def _multiply():
-      plgpu.set_max_registers(registers(W)[0], action="increase")
+      plgpu.set_max_registers(REGISTERS[W][0], action="increase")
       mine = pl.ds(line * blocks.line + w * bq, bq)
       q_tile = q_tiles.at[w]
       plgpu.copy_gmem_to_smem(q.at[b, mine, n], q_tile, q_full.at[w])
@@ -175,17 +176,11 @@ def forward(
       for row, x in zip((MASS, PEAK, COUNT), seen, strict=True):
         stats[b, n, row, mine] = x
 
-  vary = jax.typeof(v).manual_axis_type  # inside of `jax.shard_map`: as queries do
-  shape = functools.partial(jax.ShapeDtypeStruct, dtype=F32, manual_axis_type=vary)
   ring = functools.partial(plgpu.Barrier, num_barriers=stages)
-  out, stats = plgpu.kernel(
-    kernel,
-    out_type=[shape((B, rows, N, V)), shape((B, N, 3, rows))],
-    grid=(B * N * lines,),
-    grid_names=("block",),
-    num_threads=W + 1,
-    thread_name="warpgroup",
-    scratch_types=dict(
+  out, stats = run(
+    kernel, "attnx_forward", B * N * lines, W,
+    [((B, rows, N, V), F32), ((B, N, 3, rows), F32)],
+    dict(
       q_tiles=smem(W, bq, H, dtype=q.dtype),
       k_tiles=smem(stages, bk, H, dtype=k.dtype),
       v_tiles=smem(stages, bk, V, dtype=v.dtype),
@@ -197,11 +192,8 @@ def forward(
       v_free=ring(num_arrivals=W),
       turn=plgpu.Barrier(num_barriers=W),
     ),
-    compiler_params=plgpu.CompilerParams(approx_math=True),
-    interpret=interpret or None,
-    kernel_name="attnx_forward",
-  )(
-    *(jnp.asarray(x) for x in plan), q_side, k_side, *operands,
+    interpret,
+    *plan, q_side, k_side, *operands,
     whole(q, rows, 1, interpret), whole(k, columns, 1, interpret), whole(v, columns, 1, interpret),
   )  # fmt: skip
   return out[:, :T], stats[..., :T]

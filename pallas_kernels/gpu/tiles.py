@@ -84,11 +84,6 @@ def choose(H: int, V: int, dtype: Any, chip: str = "h100") -> Chosen:
   return Chosen(*(Blocks(**{f: best[name][f] for f in fields}) for name in Chosen._fields))
 
 
-def registers(warpgroups: int) -> tuple[int, int]:
-  """Registers of a thread that multiplies, and of one that moves tiles, out of 65536 of a block."""
-  return {1: (240, 40), 2: (232, 40), 3: (160, 32)}[warpgroups]
-
-
 class Order(NamedTuple):
   """Which block of the grid works on which head and line; each is `together` heads, then lines.
 
@@ -154,7 +149,8 @@ def smem(*shape: int, dtype: Any) -> Any:
 
 
 TILE = plgpu.Layout.WGMMA  # (M, N)
-ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)  # (M,), a number of each row, and (N,)
+SINGLY = plgpu.Layout._WGMMA_ACC_32BIT  # a tile, none of whose elements lie together
+ALONG = ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)  # (M,), a number of each row, and (N,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,20 +184,29 @@ class Warpgroup:
   def products(
     self, pairs: Sequence[tuple[Any, Any]], *, meanwhile: Callable[[], Any] | None = None
   ) -> list[jax.Array]:
-    """a b^T of every pair (a, b), started one after the other; `meanwhile` runs once all are."""
+    """a b^T of every pair (a, b), started one after the other; `meanwhile` runs once all are.
+
+    Registers are set to zero for each product while those before it are in flight.
+    """
     if self.interpret:
       if meanwhile is not None:
         meanwhile()
       return [_dot(a[...], b[...], (1, 1)) for a, b in pairs]
 
-    def run(*sums):
-      for acc, (a, b) in zip(sums, pairs, strict=True):
-        plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)))
-      if meanwhile is not None:
-        meanwhile()
-      return [acc[...] for acc in sums]
+    def start(pairs, sums):
+      if not pairs:
+        if meanwhile is not None:
+          meanwhile()
+        return [acc[...] for acc in sums]
+      (a, b), *rest = pairs
 
-    return pl.run_scoped(run, *(plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32) for a, b in pairs))
+      def run(acc):
+        plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)))
+        return start(rest, [*sums, acc])
+
+      return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+
+    return start(pairs, [])
 
   def add(
     self, acc: jax.Array, a: jax.Array, b: Any, *, meanwhile: Callable[[], Any] | None = None
@@ -254,7 +259,7 @@ class Warpgroup:
 
   def operands_at(
     self, refs: Sequence[Any], layout: Sequence[Operand], b: Any, n: Any, rows: Any, columns: Any,
-    numbers: Sequence[jax.Array | None] | None = None,
+    numbers: Sequence[jax.Array | None] | None = None, *, turned: bool = False,
   ) -> tuple[jax.Array, ...]:  # fmt: skip
     """A tile of each operand (#B, #N, #T, #S) in global memory; of one number (1, 1).
 
@@ -263,20 +268,27 @@ class Warpgroup:
       b, n: row of the batch and head.
       rows, columns: `pl.ds` of the queries and the keys of the tile.
       numbers: what `numbers` gave, where it was called before, to be loaded once.
+      turned: whether tiles are (K, Q).
     """
     numbers = self.numbers(refs, b, n) if numbers is None else numbers
-    tile = lambda ref: self._operand(ref, _head(ref, b, n), rows, columns)
+    tile = lambda ref: self._operand(ref, _head(ref, b, n), rows, columns, turned)
     known = zip(refs, numbers, layout, strict=True)
     return tuple(tile(ref) if one is None else one for ref, one, _ in known)
 
-  def _operand(self, ref, head, rows, columns) -> jax.Array:
+  def _operand(self, ref, head, rows, columns, turned: bool) -> jax.Array:
     T, S = ref.shape[2:]
-    shape = rows.size, columns.size
+    queries, keys = (1, 0) if turned else (0, 1)  # axes of the tile
+    shape = (columns.size, rows.size) if turned else (rows.size, columns.size)
     if T == 1:
-      return self.wide(self.load(ref.at[*head, 0, columns], COLUMN), shape, 1)
+      return self.wide(self.load(ref.at[*head, 0, columns], ALONG[keys]), shape, keys)
     if S == 1:
-      return self.wide(self.load(ref.at[*head, rows, 0], ROW), shape, 0)
-    return self.load(ref.at[*head, rows, columns], TILE)
+      return self.wide(self.load(ref.at[*head, rows, 0], ALONG[queries]), shape, queries)
+    ref = ref.at[*head, rows, columns]
+    if not turned:
+      return self.load(ref, TILE)
+    if self.interpret:
+      return ref[...].T
+    return self.cast(self.load(plgpu.transpose_ref(ref, (1, 0)), SINGLY), TILE)
 
 
 def _head(ref, b, n) -> tuple:
@@ -326,6 +338,17 @@ def _power(x: jax.Array, y: int) -> jax.Array:
   if abs(y) < 2:
     return (jnp.ones_like(x), x, 1 / x)[y]
   return lax.integer_pow(x, y) if y > 0 else 1 / lax.integer_pow(x, -y)
+
+
+def varying(results: Sequence[jax.Array], arrays: Sequence[Any]) -> list[jax.Array]:
+  """Results of a kernel, varying over the mesh axes of `jax.shard_map` that any array varies on.
+
+  `plgpu.kernel` forgets them.
+  """
+  vary = lambda x: jax.typeof(x).manual_axis_type.varying
+  axes = frozenset().union(*map(vary, arrays))
+  restored = lambda x: lax.pcast(x, tuple(axes - vary(x)), to="varying")
+  return list(map(restored, results)) if axes else list(results)
 
 
 def eights(length: int) -> int:
