@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import os
 import pathlib
+import threading
 
 import pytest
 
@@ -33,3 +34,23 @@ def forgotten():
   yield
   jax.clear_caches()
   gc.collect()
+
+
+@pytest.fixture(scope="module")
+def compiled_once():
+  """JAX's interpreter compiles a kernel for each thread of each block; here, once for them all."""
+  import jax
+  from jax._src.pallas.mosaic.interpret import thread_map
+
+  lock, programs = threading.Lock(), {}
+
+  def run_jaxpr(jaxpr, consts, *args):
+    with lock:
+      if id(jaxpr) not in programs:
+        fn = jax.jit(lambda consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args) and None)
+        programs[id(jaxpr)] = jaxpr, fn.lower(consts, *args).compile()
+    programs[id(jaxpr)][1](consts, *args)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(thread_map, "_run_jaxpr", run_jaxpr)
+    yield

@@ -15,6 +15,7 @@ from attnx.core.tokens import Tokens
 
 B, T, S, N, K, H = 2, 7, 11, 4, 2, 8
 CLOSE = dict(rtol=1e-9, atol=1e-10)
+SAME = registry.build("masks", "same_segment")
 
 
 @functools.cache
@@ -106,6 +107,14 @@ def wide(tree):
 
 def assert_close(actual, expected, **tolerance):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), actual, expected)
+
+
+def assert_near(actual, expected, tolerance: float):
+  """Every array within a tolerance of its largest entry."""
+  for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    scale = np.abs(y).max() or 1.0
+    np.testing.assert_allclose(x / scale, y / scale, rtol=0, atol=tolerance)
 
 
 def weights_of(normaliser, scores, visible=True) -> np.ndarray:

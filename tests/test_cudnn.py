@@ -5,14 +5,9 @@ where cuDNN promises nothing; `cuda` tests compile the calls for an H100 ahead o
 """
 
 import functools
-import importlib.util
 import itertools
-import json
-import os
-import pathlib
-import subprocess
-import sys
 
+import ahead
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,10 +19,8 @@ from attnx.attention.masks import Causal, Window
 from attnx.attention.normalisers import Softmax
 from attnx.attention.partial import merge
 from attnx.core.tokens import Tokens
-from pallas_kernels import aot
 
 B, T, N, K, H, V = 2, 12, 4, 2, 16, 8
-ROOT = pathlib.Path(__file__).parent.parent
 Q_ENDS, K_ENDS = np.array([5, 12]), np.array([7, 11])
 
 
@@ -437,30 +430,9 @@ def case(
   return jax.grad(loss, places), [jax.ShapeDtypeStruct(x, jnp.dtype(dtype)) for x in shapes]
 
 
-def compile_all() -> dict[str, object]:
-  """The calls of cuDNN in each compiled program, or what went wrong."""
-  found: dict[str, object] = {}
-  for name, options in COMPILED.items():
-    arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    try:
-      program, _ = aot.compiled(f"test_cudnn:case({arguments})", "h100")
-      targets = [target for _, target in aot.CUSTOM_CALL.findall(program.as_text())]
-      found[name] = sorted(target for target in targets if "cudnn" in target)
-    except Exception as error:  # whatever it is, it belongs to this case
-      found[name] = f"{type(error).__name__}: {str(error)[:400]}"
-  return found
-
-
 @pytest.fixture(scope="module")
 def compiled():
-  if sys.version_info < (3, 12) or not importlib.util.find_spec("jax_cuda13_plugin"):
-    pytest.skip("JAX's CUDA 13 plugin is absent, or Python is older than 3.12")
-  path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-  ran = subprocess.run(
-    [sys.executable, __file__], cwd=ROOT, check=True, timeout=300, capture_output=True, text=True,
-    env=os.environ | aot.GPU_ENVIRONMENT | {"PYTHONPATH": path},
-  )  # fmt: skip
-  return json.loads(ran.stdout.splitlines()[-1])
+  return ahead.for_h100(__file__)
 
 
 @pytest.mark.cuda
@@ -469,8 +441,10 @@ def test_a_call_compiles_for_an_h100(compiled, name):
   kind = "ScaleBias" if "bias" in COMPILED[name] else ""
   forward, backward = f"__cudnn$fmha{kind}Softmax", f"__cudnn$fmha{kind}SoftmaxBackward"
   times = 2 if name == "merged" else 1
-  assert compiled[name] == [forward, *itertools.repeat(backward, times)]
+  assert not compiled[name].error
+  found = sorted(target for target in compiled[name].calls if "cudnn" in target)
+  assert found == [forward, *itertools.repeat(backward, times)]
 
 
 if __name__ == "__main__":
-  print(json.dumps(compile_all()))
+  ahead.compile_for_h100(__file__, "case", COMPILED)

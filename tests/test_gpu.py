@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from specs import SAME, assert_near
 from test_gpu_streaming import CAUSAL, FAR, SPECS
-from test_pallas_tpu import SAME, assert_near
 
 from attnx.attention import AttentionSpec, attend, attend_partial, masks, transforms
 from attnx.core.tokens import Tokens

@@ -2,26 +2,21 @@
 
 import dataclasses
 import functools
-import importlib.util
-import os
-import pathlib
-import subprocess
-import sys
 
+import ahead
 import jax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_gpu_streaming import compiled_once  # noqa: F401  # a fixture for all tests here
 
-from pallas_kernels import aot
 from pallas_kernels.algebra import Algebra, Facts, Side, softmax
 from pallas_kernels.gpu import backward
 from pallas_kernels.gpu.tiles import Blocks
 from pallas_kernels.visits import EMPTY, FULL, PARTIAL, Operand
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 INTERPRET = InterpretGPUParams()
 BLOCKS = Blocks(q=64, k=64, warpgroups=2, stages=2)
 
@@ -299,8 +294,8 @@ def test_what_the_kernels_do_not_take_is_refused():
   problem, peaks, _ = solved("wide")
   with pytest.raises(NotImplementedError, match="two warpgroups"):
     keys(problem, peaks, Blocks(64, 64, 1, 2))
-  with pytest.raises(NotImplementedError, match="multiple of 64"):
-    keys(problem, peaks, Blocks(64, 80, 2, 2))
+  with pytest.raises(ValueError, match="multiple of 64"):
+    Blocks(64, 80, 2, 2)
   problem.algebra = dataclasses.replace(problem.algebra, turns=False)
   with pytest.raises(NotImplementedError, match="turns=True"):
     keys(problem, peaks)
@@ -361,40 +356,17 @@ def ahead_case(kernel: str, H=128, V=128, mask="causal", dtype="bfloat16", score
   ]  # fmt: skip
 
 
-def compile_all() -> None:
-  """Compiles every case for an H100 and prints what ptxas says of each behind its name."""
-  for name, options in COMPILED.items():
-    print(f"\n== {name} ==", flush=True)
-    arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    aot.compiled(f"test_gpu_backward:ahead_case({arguments})", "h100")
-
-
 @pytest.fixture(scope="module")
-def assembled() -> dict[str, int]:
-  """Bytes that each case spills; products that are in flight must not wait for one another."""
-  if sys.version_info < (3, 12) or not importlib.util.find_spec("jax_cuda13_plugin"):
-    pytest.skip("JAX's CUDA 13 plugin is absent, or Python is older than 3.12")
-  root = pathlib.Path(__file__).parent.parent
-  path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
-  ran = subprocess.run(
-    [sys.executable, __file__], cwd=root, timeout=600, text=True, stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT, env=os.environ | aot.GPU_ENVIRONMENT | {"PYTHONPATH": path},
-  )  # fmt: skip
-  assert ran.returncode == 0, ran.stdout[-3000:]
-  assert "serialized" not in ran.stdout
-  found = {}
-  for part in ran.stdout.split("\n== ")[1:]:
-    name, said = part.split(" ==", 1)
-    ((_, stored, loaded, _),) = aot.PTXAS.findall(said)
-    found[name] = int(stored) + int(loaded)
-  return found
+def compiled():
+  return ahead.for_h100(__file__)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiles_for_an_h100_with_sums_in_registers(assembled, name):
-  assert assembled[name] <= 32  # the address of a barrier may not be
+def test_compiles_for_an_h100_with_sums_in_registers(compiled, name):
+  kernel = compiled[name].kernel()
+  assert kernel.stored + kernel.loaded <= 32  # the address of a barrier may not be
 
 
 if __name__ == "__main__":
-  compile_all()
+  ahead.compile_for_h100(__file__, "ahead_case", COMPILED)

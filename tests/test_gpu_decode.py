@@ -1,13 +1,9 @@
 """The decoding kernel for GPUs against float64, on an emulated GPU that tells of races."""
 
 import dataclasses
-import importlib.util
-import os
-import pathlib
-import subprocess
-import sys
 from typing import Any
 
+import ahead
 import jax
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import (
   get_races, reset_gpu_interpret_mode_state
@@ -16,9 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_gpu_streaming import compiled_once  # noqa: F401  # each kernel once, not for each block
 
-from pallas_kernels import aot
 from pallas_kernels.algebra import Algebra, softmax
 from pallas_kernels.gpu import decode as kernel
 from pallas_kernels.gpu.decode import decode
@@ -26,8 +20,8 @@ from pallas_kernels.decoding import Partials, combined
 from pallas_kernels.gpu.decode_call import Cut
 from pallas_kernels.visits import EMPTY, FULL, PARTIAL, Operand
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 EMULATED = InterpretGPUParams()  # what was never written reads as NaN
-ROOT = pathlib.Path(__file__).parent.parent
 BLOCK = 64
 SCALE = 0.11
 
@@ -402,12 +396,10 @@ ALONE = ("four queries", "sixteen queries", "int8, four queries", "int8, uneven"
 
 
 def ahead_case(
-  name="", B=1, N=8, K=1, T=1, S=4096, H=128, V=128, dtype="bfloat16", stored="", page=0, per="",
+  B=1, N=8, K=1, T=1, S=4096, H=128, V=128, dtype="bfloat16", stored="", page=0, per="",
   side=True, splits=None, operands=False,
 ):  # fmt: skip
-  """A call of `decode` by its name in COMPILED, as `pallas_kernels.aot` wants it."""
-  if name:
-    return ahead_case(**COMPILED[name])
+  """A call of `decode`, as `pallas_kernels.aot` wants it."""
   block = 128 if H == 64 else 64
   array = lambda shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
   lead = (B * S // page, page) if page else (B, S)
@@ -436,40 +428,18 @@ def ahead_case(
   return run, [array((B, N, T, H), dtype), k, v, array((B, 3, T)), array((1, 3, S)), more]
 
 
-def compile_all() -> None:
-  """Compiles every case for an H100 and prints what ptxas says of each behind its name."""
-  for name in COMPILED:
-    print(f"\n== {name} ==", flush=True)
-    aot.compiled(f"test_gpu_decode:ahead_case(name={name!r})", "h100")
-
-
 @pytest.fixture(scope="module")
-def assembled():
-  """(registers, bytes spilled) of every case."""
-  if sys.version_info < (3, 12) or not importlib.util.find_spec("jax_cuda13_plugin"):
-    pytest.skip("JAX's CUDA 13 plugin is absent, or Python is older than 3.12")
-  root = pathlib.Path(__file__).parent.parent
-  path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
-  ran = subprocess.run(
-    [sys.executable, __file__], cwd=root, timeout=300, text=True, stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT, env=os.environ | aot.GPU_ENVIRONMENT | {"PYTHONPATH": path},
-  )  # fmt: skip
-  assert ran.returncode == 0, ran.stdout[-3000:]
-  found = {}
-  for part in ran.stdout.split("\n== ")[1:]:
-    name, said = part.split(" ==", 1)
-    (_, stored, loaded, registers), = aot.PTXAS.findall(said)
-    found[name] = int(registers), int(stored) + int(loaded)
-  return found
+def compiled():
+  return ahead.for_h100(__file__)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiles_for_an_h100(assembled, name):
-  registers, spilled = assembled[name]
-  assert not spilled
-  assert registers <= (255 if name in ALONE else 128)  # two blocks share a processor
+def test_compiles_for_an_h100(compiled, name):
+  kernel = compiled[name].kernel()
+  assert kernel.stored == kernel.loaded == 0
+  assert kernel.registers <= (255 if name in ALONE else 128)  # two blocks share a processor
 
 
 if __name__ == "__main__":
-  compile_all()
+  ahead.compile_for_h100(__file__, "ahead_case", COMPILED)

@@ -6,14 +6,9 @@ tests compile the kernels for an H100 ahead of time; no GPU is needed.
 
 import collections
 import functools
-import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
 import types
 
+import ahead
 import jax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
@@ -24,10 +19,9 @@ import pytest
 from attnx.recurrence import mosaic_gpu, pallas_tpu
 from attnx.recurrence.delta import delta_rule
 from attnx.recurrence.linear import linear_attention
-from pallas_kernels import aot
 from pallas_kernels.gpu import chunk_scan, delta_rule as systems
 
-ROOT = pathlib.Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("compiled_once")
 B, T, N, K, H, V = 1, 100, 2, 1, 128, 64  # a remainder, and heads that share keys
 SEGMENT = np.array([0] * 20 + [1] * 60 + [5] * 20)[None]  # one of them crosses chunks
 DECAYS = {"head": (N, 1), "scalar": (B, T, N, 1), "vector": (B, T, N, H), "channel": (T, 1, H)}
@@ -137,7 +131,7 @@ def scan_by_definition(tokens, values, state):
 
 @pytest.mark.parametrize("corrected", [False, True])
 def test_a_ring_of_tiles_goes_round_without_races(corrected):
-  random, chunks, dtype = np.random.default_rng(5), 6, jnp.bfloat16  # 6 is more than its stages
+  random, chunks, dtype = np.random.default_rng(5), 5, jnp.bfloat16  # 5 is more than its stages
   normal = lambda *shape: jnp.asarray(random.normal(size=shape) / 8, dtype)
   token = lambda width: normal(2, 64 * chunks, 1, width)
   total = jnp.asarray(random.uniform(0.5, 1, size=(1, chunks, 1, H)), jnp.float32)  # rows share it
@@ -247,46 +241,26 @@ COMPILED = {
 }
 
 
-def compile_all() -> dict[str, object]:
-  """How often each compiled program calls Mosaic GPU kernels, or what went wrong."""
-  found: dict[str, object] = {}
-  for name, (_, options) in COMPILED.items():
-    arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
-    try:
-      program, _ = aot.compiled(f"test_gpu_recurrence:case({arguments})", "h100")
-      targets = [target for _, target in aot.CUSTOM_CALL.findall(program.as_text())]
-      found[name] = sum(target.startswith("mosaic_gpu") for target in targets)
-    except Exception as error:  # whatever it is, it belongs to this case
-      found[name] = f"{type(error).__name__}: {str(error)[:400]}"
-  return found
-
-
 @pytest.fixture(scope="module")
 def compiled():
-  """What `compile_all` found, and what ptxas says of its kernels."""
-  if sys.version_info < (3, 12) or not importlib.util.find_spec("jax_cuda13_plugin"):
-    pytest.skip("JAX's CUDA 13 plugin is absent, or Python is older than 3.12")
-  path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-  ran = subprocess.run(
-    [sys.executable, __file__], cwd=ROOT, check=True, timeout=600, capture_output=True, text=True,
-    env=os.environ | aot.GPU_ENVIRONMENT | {"PYTHONPATH": path},
-  )  # fmt: skip
-  output = ran.stdout + ran.stderr
-  return json.loads(ran.stdout.splitlines()[-1]), aot.PTXAS.findall(output)
+  return ahead.for_h100(__file__)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", COMPILED)
 def test_gradients_compile_for_an_h100(compiled, name):
-  assert compiled[0][name] == COMPILED[name][0]
+  program = compiled[name]
+  assert not program.error
+  assert sum(target.startswith("mosaic_gpu") for target in program.calls) == COMPILED[name][0]
 
 
 @pytest.mark.cuda
 def test_kernels_hardly_spill(compiled):
-  kernels = compiled[1]
-  assert len(kernels) > len(COMPILED)
-  assert all(int(stored) <= 256 for _, stored, _, _ in kernels), kernels
+  kernels = [kernel for program in compiled.values() for kernel in program.kernels]
+  assert len(kernels) > len(COMPILED)  # programs share some, which are assembled once
+  assert all(kernel.stored <= 256 for kernel in kernels), kernels
 
 
 if __name__ == "__main__":
-  print(json.dumps(compile_all()))
+  cases = {name: options for name, (_, options) in COMPILED.items()}
+  ahead.compile_for_h100(__file__, "case", cases)

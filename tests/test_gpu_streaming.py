@@ -6,31 +6,26 @@ products are those of the CPU. What compiles ahead of time says nothing about nu
 
 import dataclasses
 import functools
-import importlib.util
-import os
-import pathlib
-import subprocess
-import sys
-import threading
 
+import ahead
 from flax import nnx
 import jax
-from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_pallas_tpu import SAME, assert_near
+from specs import SAME, assert_near
 
 from attnx.attention import AttentionSpec, masks, mosaic_gpu, reference, transforms
 from attnx.core import registry
 from attnx.core.tokens import Tokens
-from pallas_kernels import aot, blocks
+from pallas_kernels import blocks
 from pallas_kernels.gpu import streaming
 from pallas_kernels.gpu.tiles import Blocks, Chosen, Order, choose, lists
 from pallas_kernels.visits import EMPTY, FULL, PARTIAL
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 T, S = 150, 100  # no tile divides them
 INTERPRET = InterpretGPUParams()
 BLOCKS = Chosen(*[Blocks(64, 64, 2, 2)] * 3)
@@ -53,23 +48,6 @@ SPECS = {
   "signed": AttentionSpec(mask=CAUSAL, normaliser=registry.build("normalisers", "cog")),
   "counted": AttentionSpec(mask=CAUSAL, normaliser=registry.build("normalisers", "relu")),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-  """The interpreter compiles a kernel for each thread of each block; here, once for all of them."""
-  lock, programs = threading.Lock(), {}
-
-  def run_jaxpr(jaxpr, consts, *args):
-    with lock:
-      if id(jaxpr) not in programs:
-        fn = jax.jit(lambda consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args) and None)
-        programs[id(jaxpr)] = jaxpr, fn.lower(consts, *args).compile()
-    programs[id(jaxpr)][1](consts, *args)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(thread_map, "_run_jaxpr", run_jaxpr)
-    yield
 
 
 def arguments(H=64, V=64, dtype=jnp.float16, heads=(2, 1), lengths=(T, S), batch=1):
@@ -193,6 +171,20 @@ def test_gradients_are_those_of_the_reference(name):
   assert_near(actual, expected, 2**-8)
 
 
+def test_gradients_inside_of_shard_map_vary_over_the_mesh():
+  """That of ALiBi has an operand besides, which does not vary."""
+  qkv, rows = arguments(lengths=(70, 60)), jax.P("rows")
+  mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+  tokens = Tokens.of_length(70), Tokens.of_length(60)
+
+  def loss(qkv):
+    p = mosaic_gpu.partial(*qkv, SPECS["alibi"], *tokens, blocks=BLOCKS, interpret=INTERPRET)
+    return jnp.sin(p.out).sum() + p.mass.sum()
+
+  run = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=rows, out_specs=rows)
+  assert jax.tree.map(jnp.shape, jax.eval_shape(run, qkv)) == jax.tree.map(jnp.shape, qkv)
+
+
 def test_no_two_threads_touch_the_same_memory_at_once():
   """More visits than a ring has stages, masks on some of them, turns between two warpgroups."""
   gpu_callbacks.reset_gpu_interpret_mode_state()
@@ -302,39 +294,17 @@ def ahead_case(name: str):
   return run, [array(4, H), array(2, H), array(2, V), at]
 
 
-def compile_all() -> None:
-  """Compiles every case for an H100 and prints what ptxas says of each behind its name."""
-  for name in COMPILED:
-    print(f"\n== {name} ==", flush=True)
-    aot.compiled(f"test_gpu_streaming:ahead_case(name={name!r})", "h100")
-
-
 @pytest.fixture(scope="module")
-def assembled() -> dict[str, int]:
-  """Bytes that each case spills; none has products that wait for one another."""
-  if sys.version_info < (3, 12) or not importlib.util.find_spec("jax_cuda13_plugin"):
-    pytest.skip("JAX's CUDA 13 plugin is absent, or Python is older than 3.12")
-  root = pathlib.Path(__file__).parent.parent
-  path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
-  ran = subprocess.run(
-    [sys.executable, __file__], cwd=root, timeout=600, text=True, stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT, env=os.environ | aot.GPU_ENVIRONMENT | {"PYTHONPATH": path},
-  )  # fmt: skip
-  assert ran.returncode == 0, ran.stdout[-3000:]
-  assert "serialized" not in ran.stdout
-  found = {}
-  for part in ran.stdout.split("\n== ")[1:]:
-    name, said = part.split(" ==", 1)
-    ((_, stored, loaded, _),) = aot.PTXAS.findall(said)
-    found[name] = int(stored) + int(loaded)
-  return found
+def compiled():
+  return ahead.for_h100(__file__)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiles_for_an_h100_without_spills(assembled, name):
-  assert assembled[name] == 0
+def test_compiles_for_an_h100_without_spills(compiled, name):
+  kernel = compiled[name].kernel()
+  assert kernel.stored == kernel.loaded == 0
 
 
 if __name__ == "__main__":
-  compile_all()
+  ahead.compile_for_h100(__file__, "ahead_case", {name: dict(name=name) for name in COMPILED})

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from specs import B, N, floating, inputs, instance, packed, wide
+from specs import B, N, SAME, assert_near, floating, inputs, instance, packed, wide
 
 from attnx.attention import (
   AttentionSpec, api, explain, masks, pallas_tpu, reference, transforms,
@@ -27,7 +27,6 @@ from pallas_kernels.blocks import Blocks, Chosen
 
 T, S = 150, 200  # no tile divides them
 BLOCKS = Chosen(*[Blocks(128, 128, 128, 128, 0)] * 2)
-SAME = registry.build("masks", "same_segment")
 INTERFACES = ("masks", "transforms", "normalisers", "edits")
 ENTRIES = [(interface, name) for interface in INTERFACES for name in registry.names(interface)]
 ROWS = {"entmax15", "lssa", "lssar", "sparsemax", "talking_heads"}
@@ -72,14 +71,6 @@ def run(partial, spec, qkv, q_tokens, k_tokens):
 
 def kernel(blocks: Chosen = BLOCKS):
   return functools.partial(pallas_tpu.partial, blocks=blocks, interpret=True)
-
-
-def assert_near(actual, expected, tolerance: float):
-  """Every array within a tolerance of its largest entry."""
-  for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    scale = np.abs(y).max() or 1.0
-    np.testing.assert_allclose(x / scale, y / scale, rtol=0, atol=tolerance)
 
 
 def exact(spec, qkv, *tokens):

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from specs import floating
-from test_pallas_tpu import FIT, SAME
+from specs import SAME, floating
+from test_pallas_tpu import FIT
 
 from attnx.attention import AttentionSpec, api, masks, pallas_tpu, transforms
 from attnx.core import registry

@@ -18,6 +18,7 @@ import numpy as np
 
 from attnx.attention import AttentionSpec, api
 from attnx.attention import attend as attnx_attend
+from attnx.recurrence import kernels
 from attnx.recurrence.delta import delta_rule
 from attnx.recurrence.linear import linear_attention
 from experiments.gpu_attention import cases
@@ -28,7 +29,7 @@ RAW, XLA, TOKAMAX, SDPA, FLEX = (
   "JAX cuDNN", "JAX XLA", "tokamax Mosaic", "PyTorch FlashAttention", "FlexAttention"
 )  # fmt: skip
 PLAIN, COPY, RECURRENT = "attnx mosaic_gpu, full mask", "device copy", "attnx recurrence"
-CHUNK = {"scalar_decay": 128, "vector_decay": 64, "gated_delta": 64}
+CHUNK = 64  # tokens, as the kernels take them
 
 
 class Absent(Exception):
@@ -106,13 +107,14 @@ def tokamax(case: Case, given: tuple) -> Run:
 
 
 def recurrent(case: Case, given: tuple) -> Run:
-  """attnx's recurrences, at the chunks that suit their kernels."""
-  chunk = min(CHUNK[case.mask], case.T)
+  """attnx's recurrences, on a GPU in its kernels."""
+  chunk = min(CHUNK, case.T)
   if case.mask == "gated_delta":
     call = lambda q, k, v, decay, beta: delta_rule(q, k, v, beta, decay, chunk=chunk)[0]
   else:
     call = lambda q, k, v, decay: linear_attention(q, k, v, decay, chunk=chunk)[0]
-  return compiled(case, given, call)
+  with kernels.asking("mosaic_gpu" if jax.default_backend() == "gpu" else "auto"):
+    return compiled(case, given, call)
 
 
 def copy(case: Case, given: tuple) -> Run:

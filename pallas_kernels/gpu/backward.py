@@ -24,7 +24,7 @@ from pallas_kernels.gpu.rings import (
   write,
 )  # fmt: skip
 from pallas_kernels.gpu.tiles import (
-  COLUMN, ROW, ROWS, TILE, Blocks, Order, Warpgroup, eights, inlined, lists, smem, whole,
+  COLUMN, ROW, TILE, Blocks, Order, Warpgroup, eights, inlined, lists, smem, whole,
 )  # fmt: skip
 from pallas_kernels.visits import EMPTY, Operand, occurring
 
@@ -61,7 +61,7 @@ def _gradient_of_queries(
   q, k, v, q_side, k_side, operands, kinds, rows, grad,
   *, moving: Sequence[bool], algebra: Algebra, layout, blocks: Blocks, interpret: Any,
 ):  # fmt: skip
-  _check(q, k, v, grad, operands, blocks)
+  _check(q, k, v, grad, operands)
   (B, T, N, H), (_, S, K, V) = q.shape, v.shape
   (_, lines, length), plan, unit = kinds.shape, lists(kinds), Warpgroup(interpret)
   bq, bk, W = blocks.q, blocks.k, blocks.warpgroups
@@ -188,7 +188,7 @@ def gradient_of_keys(
     NotImplementedError: where the algebra cannot be asked about (K, Q) tiles, or heads are wide and
       the warpgroups not two.
   """
-  _check(q, k, v, grad, operands, blocks)
+  _check(q, k, v, grad, operands)
   (B, T, N, H), (_, S, K, V) = q.shape, v.shape
   (_, length, lines), plan, unit = kinds.shape, lists(kinds, by_key=True), Warpgroup(interpret)
   bs, bt, W, stages = blocks.q, blocks.k, blocks.warpgroups, blocks.stages
@@ -390,7 +390,7 @@ def gradient_of_pairs(
       layout=layout, blocks=blocks, interpret=interpret,
     )  # fmt: skip
     return found.sum([axis for axis, n in enumerate(like.shape) if n == 1], keepdims=True)
-  _check(q, k, v, grad, operands, blocks)
+  _check(q, k, v, grad, operands)
   (B, T, N, H), (_, S, K, V) = q.shape, v.shape
   (_, lines, length), unit = kinds.shape, Warpgroup(interpret)
   bq, bk, W = blocks.q, blocks.k, blocks.warpgroups
@@ -484,15 +484,11 @@ def _floating(x: jax.Array) -> bool:
   return jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def _check(q, k, v, grad, operands, blocks: Blocks) -> None:
+def _check(q, k, v, grad, operands) -> None:
   (B, _, N, H), (_, S, K, V) = q.shape, v.shape
   assert k.shape == (B, S, K, H) and N % K == 0, (q.shape, k.shape, v.shape)
   assert grad.shape == (*q.shape[:3], V) and grad.dtype == q.dtype, (grad.shape, grad.dtype)
   assert all(x.ndim == 4 for x in operands), [x.shape for x in operands]
-  if blocks.k % ROWS:
-    raise NotImplementedError(
-      f"gradients want tiles of a multiple of {ROWS} tokens, got {blocks}: set k to one"
-    )
 
 
 def _add(unit: Warpgroup, terms, meanwhile: Callable) -> tuple:

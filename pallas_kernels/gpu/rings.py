@@ -179,7 +179,7 @@ def digits(number, sizes: Sequence[int]) -> list:
 
 def run(kernel, name: str, blocks: int, warpgroups: int, outs, scratch, interpret, *inputs):
   """Results of a kernel, `outs` being (shape, dtype) of each; they vary as inputs do."""
-  inputs = [jnp.asarray(x) for x in inputs]
+  arrays = [jnp.asarray(x) for x in inputs]
   out = plgpu.kernel(
     kernel,
     out_type=[jax.ShapeDtypeStruct(*out) for out in outs],
@@ -191,5 +191,5 @@ def run(kernel, name: str, blocks: int, warpgroups: int, outs, scratch, interpre
     compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     interpret=interpret or None,
     kernel_name=name,
-  )(*inputs)
-  return varying(out, inputs)
+  )(*arrays)
+  return varying(out, arrays)
