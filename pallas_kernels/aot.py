@@ -65,7 +65,7 @@ TPU_ENVIRONMENT = UNCACHED | dict(
 GPU_ENVIRONMENT = UNCACHED | dict(
   JAX_PLATFORMS="cuda,cpu",
   JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1",
-  MOSAIC_GPU_DUMP_PTXAS="1",  # what tests/ahead.py reads
+  MOSAIC_GPU_DUMP_PTXAS="1",  # what `assembled` reads
 )
 H100 = """gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32

@@ -33,14 +33,15 @@ class Implementation:
     partial: (q, k, v, spec, q_tokens, k_tokens) -> Partial.
     offers: the needs that it can meet; see `AttentionSpec.needs`.
     refusal: (q, k, v, spec, q_tokens, k_tokens) -> why a call cannot run here, None when it can.
-    plan: (spec, q, k, v, q_tokens, k_tokens) -> which tiles it visits; None: it knows no tiles.
+    plan: (spec, q, k, v, q_tokens, k_tokens) -> which tiles it visits, None if it
+      cannot run the call; None: it knows no tiles.
     measured: whether it has run where it is for; "auto" takes no other.
   """
 
   partial: Callable[..., Partial]
   offers: frozenset[str] = frozenset()
   refusal: Callable[..., str | None] = lambda *call: None
-  plan: Callable[..., plans.Summary] | None = None
+  plan: Callable[..., plans.Summary | None] | None = None
   measured: bool = True
 
   def why_not(self, q, k, v, spec: AttentionSpec, *tokens: Tokens) -> str | None:

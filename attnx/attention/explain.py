@@ -95,7 +95,8 @@ def explain(
   rows: list[Row] = []
   for name, implementation in api.IMPLEMENTATIONS.items():
     if implementation.plan is not None and spec.needs <= implementation.offers:
-      tiles[name] = implementation.plan(spec, q, k, v, q_tokens, k_tokens)
+      told = implementation.plan(spec, q, k, v, q_tokens, k_tokens)
+      tiles |= {} if told is None else {name: told}
     if (reason := implementation.why_not(q, k, v, spec, q_tokens, k_tokens)) is not None:
       rows.append(Row(name, reason))
       continue

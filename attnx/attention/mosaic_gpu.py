@@ -85,8 +85,10 @@ def _cuts(blocks: Chosen, H: int, V: int) -> list[tuple[int, int]]:
   return [*((cut.line, cut.k) for cut in (blocks.forward, blocks.queries)), keys]
 
 
-def summary(spec: AttentionSpec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> plans.Summary:
-  """The plan that the forward kernel follows for a call; arrays may be shapes only."""
+def summary(spec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> plans.Summary | None:
+  """The plan of the forward kernel for a call that fits it; arrays may be shapes only."""
+  if unfit(q, k, v, spec) is not None:
+    return None
   blocks = choose(q.shape[3], v.shape[3], q.dtype).forward
   outcome = plans.outcome(spec.mask, q_tokens, k_tokens, blocks.line, blocks.k)
   return dataclasses.replace(outcome, pieces=f"{blocks.q} x {blocks.k}")

@@ -13,6 +13,7 @@ import functools
 from typing import Any
 
 import jax
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
@@ -322,7 +323,7 @@ def gradients(
     [f32(blocks.q, call.H), f32(blocks.k, call.H), f32(blocks.k, call.V), f32(blocks.q, call.H),
      upright(blocks.k if algebra.turns else blocks.q),
      pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.DMA],
-    (*inputs, jnp.zeros(q.shape, jnp.float32)),
+    (*inputs, _zeros(q.shape, grad)),
     interpret, "attnx_gradients", aliases={4 + len(inputs): 2},
   )  # fmt: skip
   return dq, dk, dv
@@ -355,6 +356,13 @@ def _gradients_of_tile(
     dq[rows] += dot(products, k_ref[columns], (key, 0))
     dk[columns] += dot(products, q_ref[rows], (1 - key, 0))
     dv[columns] += dot(edited.astype(grad_ref.dtype), grad_ref[rows], (1 - key, 0))
+
+
+def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+  """Sums to begin with, which inside of `jax.shard_map` vary over the axes that `like` does."""
+  zeros = jnp.zeros(shape, jnp.float32)
+  axes = tuple(jax.typeof(like).manual_axis_type.varying)
+  return lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 def _column(row: jax.Array) -> jax.Array:
@@ -428,6 +436,6 @@ def gradient_of_pairs(
     [*sides_of(q_side, k_side, blocks, where), *operand_specs,
      row(call.H), column(call.H), column(call.V), _statistics(blocks, where), row(call.V),
      pl.BlockSpec(memory_space=pl.ANY)],
-    [out_spec], [(of.shape, F32)], [upright(blocks.q)], (*inputs, jnp.zeros(of.shape, jnp.float32)),
+    [out_spec], [(of.shape, F32)], [upright(blocks.q)], (*inputs, _zeros(of.shape, grad)),
     interpret, "attnx_gradient_of_pairs", aliases={4 + len(inputs): 0}, apart=0,
   )[0]  # fmt: skip

@@ -235,7 +235,7 @@ def run(
 
   The steps of the first `apart` axes of the grid share no sums.
   """
-  vary = jax.typeof(inputs[-1]).manual_axis_type  # inside of `jax.shard_map`: as queries do
+  vary = jax.typeof(inputs[-1]).manual_axis_type  # inside of `jax.shard_map`: as the last input
   semantics = ["parallel"] * apart + ["arbitrary"] * (len(grid) - apart)
   return pl.pallas_call(
     kernel,
