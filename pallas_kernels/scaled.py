@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -39,24 +39,21 @@ def scaled(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Node:
-  """A value, or output `which` of a program of one equation and the nodes that it reads."""
+  """A value, or output `which` of an equation of a program and the nodes that it reads."""
 
   value: Any = None
-  program: Any = None
+  jaxpr: Any = None
+  eqn: Any = None
   inputs: tuple[_Node, ...] = ()
   which: int = 0
 
   @property
-  def eqn(self) -> Any:
-    return self.program.eqns[0]
-
-  @property
   def name(self) -> str:
-    return "" if self.program is None else self.eqn.primitive.name
+    return "" if self.eqn is None else self.eqn.primitive.name
 
   @property
   def aval(self) -> Any:
-    return jax.typeof(self.value) if self.program is None else self.eqn.outvars[self.which].aval
+    return jax.typeof(self.value) if self.eqn is None else self.eqn.outvars[self.which].aval
 
 
 def _nodes(jaxpr: Any, consts: list[_Node], args: list[_Node]) -> list[_Node]:
@@ -69,16 +66,17 @@ def _nodes(jaxpr: Any, consts: list[_Node], args: list[_Node]) -> list[_Node]:
       inner = eqn.params["jaxpr"]
       outs = _nodes(inner.jaxpr, [_Node(value=c) for c in inner.consts], inputs)
     else:
-      program = jaxpr.replace(
-        constvars=[], invars=_variables(eqn), outvars=eqn.outvars, eqns=[eqn]
-      )
-      outs = [_Node(None, program, tuple(inputs), n) for n in range(len(eqn.outvars))]
+      outs = [_Node(None, jaxpr, eqn, tuple(inputs), n) for n in range(len(eqn.outvars))]
     env.update(zip(eqn.outvars, outs, strict=True))
   return [read(atom) for atom in jaxpr.outvars]
 
 
-def _variables(eqn: Any) -> list:
-  return [atom for atom in eqn.invars if not isinstance(atom, core.Literal)]
+def evaluated(jaxpr: Any, eqn: Any, inputs: Sequence[Any]) -> list:
+  """The results of one equation of a program, of the values of its inputs."""
+  given = [x for x in zip(eqn.invars, inputs, strict=True) if not isinstance(x[0], core.Literal)]
+  variables, values = zip(*given) if given else ((), ())
+  one = jaxpr.replace(constvars=[], invars=list(variables), outvars=eqn.outvars, eqns=[eqn])
+  return jax.core.eval_jaxpr(one, (), *values)
 
 
 class _Fold:
@@ -96,16 +94,14 @@ class _Fold:
           stack.append(node)
 
   def value(self, node: _Node) -> Any:
-    if node.program is None:
+    if node.eqn is None:
       return node.value
-    key = (id(node.program), *map(id, node.inputs))
+    key = (id(node.eqn), *map(id, node.inputs))
     if key not in self.known:
       if node.name in ("mul", "div") and (split := self.factor(node)):
         self.known[key] = [self.times(*split)]
       else:
-        variables = zip(node.eqn.invars, node.inputs, strict=True)
-        inputs = [self.value(x) for atom, x in variables if not isinstance(atom, core.Literal)]
-        self.known[key] = jax.core.eval_jaxpr(node.program, (), *inputs)
+        self.known[key] = evaluated(node.jaxpr, node.eqn, list(map(self.value, node.inputs)))
     return self.known[key][node.which]
 
   def factor(self, node: _Node) -> tuple[_Node, Any] | None:
@@ -131,7 +127,7 @@ class _Fold:
     if isinstance(factor, float) and factor == 1:
       return self.value(node)
     sink = functools.partial(self.times, factor=factor)
-    if node.program is not None and (self.readers[id(node)] < 2 or node.name == "broadcast_in_dim"):
+    if node.eqn is not None and (self.readers[id(node)] < 2 or node.name == "broadcast_in_dim"):
       match node.name:
         case "mul" | "div" if split := self.factor(node):
           return self.times(split[0], factor * split[1])

@@ -137,7 +137,7 @@ def releases() -> dict[str, str]:
 def digest() -> str:
   """Of what a figure depends on: the kernels, their cases, and the compiler."""
   here = pathlib.Path(__file__).parent
-  names = ("cases", "algebra", "scaled", "visits", "tpu/walk", "tpu/streaming")
+  names = ("cases", "algebra", "scaled", "products", "visits", "tpu/walk", "tpu/streaming")
   sources = [(here / f"{name}.py").read_bytes() for name in names]
   return hashlib.sha256(b"\0".join([*sources, json.dumps(releases()).encode()])).hexdigest()[:16]
 
@@ -304,9 +304,13 @@ def search(bench: Bench, shape: Shape, like: Sequence[Tile] = ()) -> list[Tile]:
 
 def known(chip: str, shape: Shape) -> dict[str, Any] | None:
   """What the table of a chip says of a shape, if anything."""
-  path = tables.FOLDER / f"{chip}.json"
-  entries = json.loads(path.read_text())["entries"] if path.exists() else []
+  entries = entries_of(tables.FOLDER / f"{chip}.json")
   return next((entry for entry in entries if same(entry, dataclasses.asdict(shape))), None)
+
+
+def entries_of(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Those of a table, none where there is no such file; what others write is seen at once."""
+  return json.loads(path.read_text())["entries"] if path.exists() else []
 
 
 def same(entry: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -340,8 +344,7 @@ def entry_of(shape: Shape, tile: Tile) -> dict[str, Any]:
 
 def write(path: pathlib.Path, entry: dict[str, Any]) -> None:
   """Puts an entry into a table, in place of the one of the same shape."""
-  entries = json.loads(path.read_text())["entries"] if path.exists() else []
-  entries = [other for other in entries if not same(other, entry)] + [entry]
+  entries = [other for other in entries_of(path) if not same(other, entry)] + [entry]
   entries.sort(key=lambda e: (e["dtype"], e["H"], e["V"]))
   path.write_text(json.dumps(dict(entries=entries), indent=1) + "\n")
 

@@ -339,7 +339,7 @@ def test_hardware_that_lacks_it_is_told(monkeypatch):
   q, k, v = arrays()
   refusal = lambda *args, spec=AttentionSpec(): cudnn.refusal(*args, spec)
   assert "runs on NVIDIA GPUs, not on cpu" in refusal(q, k, v)
-  monkeypatch.setattr(cudnn, "alone", lambda: True)
+  monkeypatch.setattr(cudnn, "split", lambda: None)
   monkeypatch.setattr(cudnn, "unbuildable", lambda *kind: kinds.append(kind))
   kinds = []
   on = lambda *found: monkeypatch.setattr(cudnn, "hardware", lambda: found)

@@ -5,6 +5,7 @@ import itertools
 import sys
 
 import ahead
+from cache_case import CacheCase, meet, paged
 import jax
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
@@ -21,10 +22,6 @@ from pallas_kernels.visits import EMPTY, FULL, PARTIAL, Operand
 
 EMULATED = pltpu.InterpretParams()  # what was never written reads as NaN
 BLOCK = 128
-
-
-def meet(facts):
-  return (facts.k.position <= facts.q.position) & (facts.k.segment == facts.q.segment)
 
 
 def exp2(scores, visible, peak):
@@ -44,9 +41,10 @@ SOFTMAX = Algebra(
 
 
 @dataclasses.dataclass
-class Case:
-  """Arrays of a call as NumPy holds them, keys in order of their slots; the oracle of SOFTMAX."""
+class Case(CacheCase):
+  """Arrays of a call, (B, K, S, X) for keys and values; the oracle of SOFTMAX."""
 
+  slots = 2
   B: int = 3
   N: int = 4
   K: int = 2
@@ -62,42 +60,15 @@ class Case:
     draw = lambda *shape: np.asarray(jnp.asarray(rng.normal(size=shape), self.dtype), np.float64)
     self.q = draw(self.B, self.N, self.T, self.H)
     self.k, self.v = draw(self.B, self.K, self.S, self.H), draw(self.B, self.K, self.S, self.V)
-    self.k_side = np.broadcast_to(np.arange(self.S), (self.B, 3, self.S)).copy()
-    self.k_side[:, 2] = 0
-    self.q_side = np.zeros((self.B, 3, self.T), np.int64)
-    self.q_side[:, :2] = self.S // 2 + 7 * np.arange(self.T)
+    self.place(self.S // 2 + 7 * np.arange(self.T))
 
-  def visible(self):
-    """(B, 1, T, S)."""
-    index, position, segment = (x[:, None, None] for x in np.moveaxis(self.k_side, 1, 0))
-    at, of = self.q_side[:, 1, None, :, None], self.q_side[:, 2, None, :, None]
-    filled = np.arange(self.S) < np.array(self.lengths)[:, None, None, None]
-    return (position <= at) & (segment == of) & filled
-
-  def products(self):
-    k = np.repeat(self.k, self.N // self.K, 1)
-    return np.einsum("bnth,bnsh->bnts", self.q, k)
-
-  def partial(self, weights, peak, visible, edited=None) -> Partials:
-    edited = weights if edited is None else edited
-    out = np.einsum("bnts,bnsv->bntv", edited, np.repeat(self.v, self.N // self.K, 1))
-    count = np.broadcast_to(visible, weights.shape).sum(-1)
-    return Partials(out, np.abs(weights).sum(-1), peak, count)
+  @property
+  def stored(self) -> str:
+    return self.dtype
 
   def softmax(self, visible=None) -> Partials:
     visible = self.visible() if visible is None else visible
-    scores = np.where(visible, self.products() * 0.3, -np.inf)
-    peak = scores.max(-1)
-    weights = np.exp2(scores - np.maximum(peak, -1e30)[..., None])
-    return self.partial(weights, peak, visible)
-
-  def arguments(self):
-    """q, k, v and both sides; slots that hold nothing hold NaN, or 99 where integers are stored."""
-    what = 99 if self.dtype == "int8" else np.nan
-    filled = np.arange(self.S) < np.array(self.lengths)[:, None, None, None]
-    lost = lambda x: jnp.asarray(np.where(np.swapaxes(filled, 2, 3), x, what), self.dtype)
-    sides = (jnp.asarray(x, jnp.int32) for x in (self.q_side, self.k_side))
-    return jnp.asarray(self.q, self.dtype), lost(self.k), lost(self.v), *sides
+    return self.exponential(self.products() * 0.3, visible)
 
   def decode(self, *more, algebra=SOFTMAX, arguments=None, **how):
     arguments = self.arguments() if arguments is None else arguments
@@ -113,24 +84,6 @@ def close(parts: Partials, want: Partials, algebra=SOFTMAX, rtol=1e-5, atol=1e-5
   for field in dataclasses.fields(Partials):
     of = lambda parts: getattr(parts, field.name)
     np.testing.assert_allclose(of(got), of(want), rtol, atol, err_msg=field.name)
-
-
-def paged(case: Case, page: int, *arrays):
-  """A shuffled table, and pools (M, K, page, X) of (B, K, S, X); free pages hold no numbers."""
-  columns = -(-case.S // page)
-  table = np.random.default_rng(1).permutation(case.B * columns + 3)[: case.B * columns]
-  table = table.reshape(case.B, columns)
-  pools = []
-  for x in arrays:
-    what = 99 if x.dtype == np.int8 else np.nan
-    pool = np.full((case.B * columns + 3, case.K, page, x.shape[3]), what, x.dtype)
-    x = np.pad(np.asarray(x), ((0, 0), (0, 0), (0, columns * page - case.S), (0, 0)))
-    pool[table] = x.reshape(case.B, case.K, columns, page, -1).swapaxes(1, 2)
-    pools.append(jnp.asarray(pool))
-  used = np.arange(columns) * page < np.array(case.lengths)[:, None]
-  table = np.where(used, table, case.B * columns + 3)  # none
-  side = np.pad(case.k_side, ((0, 0), (0, 0), (0, columns * page - case.S)))
-  return jnp.asarray(table, jnp.int32), pools, jnp.asarray(side, jnp.int32)
 
 
 def races_found() -> bool:

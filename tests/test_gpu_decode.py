@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import ahead
+from cache_case import CacheCase, meet, paged
 import jax
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import (
   get_races, reset_gpu_interpret_mode_state
@@ -26,17 +27,14 @@ BLOCK = 64
 SCALE = 0.11
 
 
-def meet(facts):
-  return (facts.k.position <= facts.q.position) & (facts.k.segment == facts.q.segment)
-
-
 SOFTMAX = softmax(SCALE, visible=meet)
 
 
 @dataclasses.dataclass
-class Case:
-  """Arrays of a call as NumPy holds them, keys in order of their slots; the oracle of SOFTMAX."""
+class Case(CacheCase):
+  """Arrays of a call, (B, S, K, X) for keys and values; the oracle of SOFTMAX."""
 
+  slots = 1
   B: int = 2
   N: int = 4
   K: int = 1
@@ -60,49 +58,11 @@ class Case:
     self.v = draw(of, self.B, self.S, self.K, self.V)
     if self.stored == "int8":
       self.k, self.v = (np.round(x * 25).clip(-127, 127) for x in (self.k, self.v))
-    self.k_side = np.broadcast_to(np.arange(self.S), (self.B, 3, self.S)).copy()
-    self.k_side[:, 2] = 0
-    self.q_side = np.zeros((self.B, 3, self.T), np.int64)
-    self.q_side[:, :2] = self.S - self.T + np.arange(self.T)
-
-  def filled(self):
-    """(B, 1, 1, S)."""
-    return np.arange(self.S) < np.array(self.lengths)[:, None, None, None]
-
-  def visible(self):
-    """(B, 1, T, S)."""
-    _, position, segment = (x[:, None, None] for x in np.moveaxis(self.k_side, 1, 0))
-    at, of = self.q_side[:, 1, None, :, None], self.q_side[:, 2, None, :, None]
-    return (position <= at) & (segment == of) & self.filled()
-
-  def heads(self, x):
-    """Keys or values (B, S, K, X) as (B, N, S, X)."""
-    return np.repeat(x.swapaxes(1, 2), self.N // self.K, 1)
-
-  def products(self):
-    return np.einsum("bnth,bnsh->bnts", self.q, self.heads(self.k))
-
-  def partial(self, weights, peak, visible, edited=None) -> Partials:
-    edited = weights if edited is None else edited
-    out = np.einsum("bnts,bnsv->bntv", edited, self.heads(self.v))
-    count = np.broadcast_to(visible, weights.shape).sum(-1)
-    return Partials(out, np.abs(weights).sum(-1), peak, count)
+    self.place(self.S - self.T + np.arange(self.T))
 
   def softmax(self, visible=None, between=lambda x: x) -> Partials:
     visible = self.visible() if visible is None else visible
-    scores = between(self.products() * SCALE) / np.log(2)
-    scores = np.where(visible, scores, -np.inf)
-    peak = scores.max(-1)
-    weights = np.exp2(scores - np.maximum(peak, -1e30)[..., None])
-    return self.partial(weights, peak, visible)
-
-  def arguments(self):
-    """q, k, v and both sides; slots that hold nothing hold NaN, or 99 where integers are stored."""
-    what = 99 if self.stored == "int8" else np.nan
-    filled = np.moveaxis(self.filled(), 3, 1)
-    lost = lambda x: jnp.asarray(np.where(filled, x, what), self.stored)
-    sides = (jnp.asarray(x, jnp.int32) for x in (self.q_side, self.k_side))
-    return jnp.asarray(self.q, self.dtype), lost(self.k), lost(self.v), *sides
+    return self.exponential(between(self.products() * SCALE) / np.log(2), visible)
 
   def decode(self, *more, algebra=SOFTMAX, arguments=None, **how) -> Partials:
     arguments = self.arguments() if arguments is None else arguments
@@ -123,24 +83,6 @@ def close(parts: Partials, want: Partials, algebra=SOFTMAX, rtol=1e-2, atol=2e-2
     of = lambda parts: np.asarray(getattr(parts, field.name), np.float64)
     bound = dict(rtol=rtol, atol=atol) if field.name == "out" else dict(rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(of(got), of(want), **bound, err_msg=field.name)
-
-
-def paged(case: Case, page: int, *arrays):
-  """A shuffled table, and pools (M, page, K, X) of (B, S, K, X); free pages hold no numbers."""
-  columns = -(-case.S // page)
-  table = np.random.default_rng(1).permutation(case.B * columns + 3)[: case.B * columns]
-  table = table.reshape(case.B, columns)
-  pools = []
-  for x in arrays:
-    what = 99 if x.dtype == np.int8 else np.nan
-    pool = np.full((case.B * columns + 3, page, case.K, x.shape[3]), what, x.dtype)
-    x = np.pad(np.asarray(x), ((0, 0), (0, columns * page - case.S), (0, 0), (0, 0)))
-    pool[table] = x.reshape(case.B, columns, page, case.K, -1)
-    pools.append(jnp.asarray(pool))
-  used = np.arange(columns) * page < np.array(case.lengths)[:, None]
-  table = np.where(used, table, case.B * columns + 3)  # none
-  side = np.pad(case.k_side, ((0, 0), (0, 0), (0, columns * page - case.S)))
-  return jnp.asarray(table, jnp.int32), pools, jnp.asarray(side, jnp.int32)
 
 
 @pytest.mark.parametrize("splits", [1, 3])

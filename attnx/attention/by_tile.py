@@ -11,7 +11,7 @@ from jax.extend.core import jaxprs_in_params
 import jax.numpy as jnp
 import numpy as np
 
-from attnx.attention.handed import Handed, hand_over
+from attnx.attention.handed import Handed, outlined
 from attnx.attention.normalisers import Softmax
 from attnx.attention.spec import AttentionSpec
 from attnx.core.lookup import Table
@@ -78,10 +78,33 @@ def algebra(
   )  # fmt: skip
 
 
+def unalike(q: jax.Array, k: jax.Array, v: jax.Array, wanted: tuple[str, str]) -> str | None:
+  """Why arrays are not of one of two dtypes, all alike; None if they are."""
+  dtypes = {jnp.dtype(x.dtype).name for x in (q, k, v)}
+  if len(dtypes) == 1 and dtypes <= set(wanted):
+    return None
+  return f"wants q, k and v alike, {' or '.join(wanted)}, got {', '.join(sorted(dtypes))}"
+
+
+def besides(spec: AttentionSpec) -> str | None:
+  """Why a kernel that reads values alone is not enough; None if it is."""
+  names = ", ".join(type(readout).__name__ for readout in spec.readouts)
+  return f"reads values alone, and {names} besides" if names else None
+
+
+def unlisted(q: jax.Array, k: jax.Array, size: tuple[int, int], most: int) -> str | None:
+  """Why a plan has more tiles of a size than a kernel can be told of; None if it has not."""
+  tiles = q.shape[0] * -(-q.shape[1] // size[0]) * -(-k.shape[1] // size[1])
+  if tiles <= most:
+    return None
+  told = f"lists up to {most} tiles of {size[0]} x {size[1]}"
+  return f"{told}, got {tiles}: split tokens or rows over devices"
+
+
 def untraceable(spec: AttentionSpec, q: jax.Array, k: jax.Array) -> str | None:
   """Why a spec cannot be read in tiles; None if it can. It is traced, and nothing is computed."""
   try:
-    jaxpr = jax.make_jaxpr(functools.partial(_tile, spec, q.shape, k.shape, q.dtype))()
+    jaxpr = jax.make_jaxpr(functools.partial(_tile, spec, q, k))()
   except (TypeError, ValueError, NotImplementedError, IndexError) as error:
     return f"cannot read the spec in tiles: {str(error).splitlines()[0]}"
   if jaxpr.consts and any(np.size(x) > 1 for x in jaxpr.consts):
@@ -97,18 +120,11 @@ FORBIDDEN = {
 }  # fmt: skip
 
 
-def _tile(spec: AttentionSpec, q_shape, k_shape, dtype):
+def _tile(spec: AttentionSpec, q, k):
   """What a kernel traces, of one tile of 128 x 128, with operands of any value."""
-  (B, T, N, H), S, size = q_shape, k_shape[1], 128
-  found: list[Any] = []
-
-  def hand(q):
-    handed = hand_over(spec, q, Tokens.of_length(T), Tokens.of_length(S))
-    found.append(handed)
-    return [operand.array for operand in handed.operands]
-
-  shapes = jax.eval_shape(hand, jax.ShapeDtypeStruct((B, T, N, H), dtype))
-  handed: Handed = found[0]
+  size = 128
+  tokens = (Tokens.of_length(x.shape[1]) for x in (q, k))
+  handed, shapes = outlined(spec, q, *tokens)
   side = lambda *shape: Side(*[jnp.zeros(shape, jnp.int32)] * 3)
   tiles = []
   for x, operand in zip(shapes, handed.operands, strict=True):
@@ -116,7 +132,7 @@ def _tile(spec: AttentionSpec, q_shape, k_shape, dtype):
     cut = (1 if x.shape[2] == 1 else size, 1 if x.shape[3] == 1 else lanes)
     tiles.append(jnp.zeros(cut, x.dtype))
   facts = Facts(side(size, 1), side(1, size), 0, 0, tuple(tiles))
-  how = algebra(spec, handed, H, dtype)
+  how = algebra(spec, handed, q.shape[3], q.dtype)
   scores, _, told = how.masked(jnp.zeros((size, size), jnp.float32), facts, True)
   weights = how.weigh(scores, told, jnp.zeros_like(scores))
   if not weights.shape == scores.shape == (size, size):

@@ -19,7 +19,7 @@ from attnx.attention.masks import pick
 from attnx.attention.partial import Partial, from_lse
 from attnx.attention.spec import AttentionSpec
 from attnx.core.tokens import Tokens
-from attnx.core.varying import alone, varying
+from attnx.core.varying import split, varying
 
 OLDEST = 91002  # cuDNN 9.10.2: the two before it compute wrongly, older ones lack biased windows
 UNEQUAL = 91300  # values may be as wide as one likes, where keys may be
@@ -180,8 +180,8 @@ def refusal(
   found = hardware()
   if isinstance(found, str):
     return found
-  if not alone():
-    return f"runs inside jax.shard_map where there are {jax.device_count()} devices"
+  if (reason := split()) is not None:
+    return reason
   (major, minor), version = found
   if major < 8 or version < OLDEST:
     return (f"wants compute capability 8.0 and cuDNN {OLDEST} or later, "

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnx.attention import by_tile
 from attnx.attention.masks import And, Causal, Everything, Mask, Window
 from attnx.attention.normalisers import Softmax
 from attnx.attention.spec import AttentionSpec
@@ -43,9 +44,8 @@ def read(q, k, v, spec: AttentionSpec, q_tokens: Tokens, k_tokens: Tokens) -> As
   JAX's public function does not take, and rows of no tokens are left out.
   """
   (T, H), (S, V) = q.shape[1::2], v.shape[1::2]
-  dtypes = {jnp.dtype(x.dtype).name for x in (q, k, v)}
-  if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
-    return f"wants q, k and v alike, bfloat16 or float16, got {', '.join(sorted(dtypes))}"
+  if (unalike := by_tile.unalike(q, k, v, ("bfloat16", "float16"))) is not None:
+    return unalike
   if H % 8 or V % 8:
     return f"wants widths of heads that are multiples of 8, got H={H} and V={V}"
   if T == S == 1:

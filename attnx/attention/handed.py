@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -157,7 +157,47 @@ def all_exist(tokens: Tokens) -> bool:
   return isinstance(tokens.position, np.ndarray) and bool((tokens.position >= 0).all())
 
 
-def summed(grad: jax.Array, like: jax.Array) -> jax.Array:
+def _summed(grad: jax.Array, like: jax.Array) -> jax.Array:
   """A gradient summed over the axes along which an operand is one."""
   axes = [axis for axis, n in enumerate(like.shape) if n == 1 and grad.shape[axis] != 1]
   return grad.sum(axes, keepdims=True).astype(like.dtype)
+
+
+def outlined(
+  spec: AttentionSpec, q: jax.Array, q_tokens: Tokens, k_tokens: Tokens
+) -> tuple[Handed, list[jax.ShapeDtypeStruct]]:
+  """What `hand_over` gives, and the shapes of its operands; q may be a shape only."""
+  found: list[Handed] = []
+
+  def hand(q):
+    found.append(hand_over(spec, q, q_tokens, k_tokens))
+    return [operand.array for operand in found[0].operands]
+
+  shapes = jax.eval_shape(hand, jax.ShapeDtypeStruct(q.shape, q.dtype))
+  return found[0], shapes
+
+
+def cotangents(
+  operands: Sequence[jax.Array], pairs: Sequence[bool], by_row: Iterable[jax.Array],
+  of_pairs: Callable[..., jax.Array],
+) -> list[jax.Array | None]:  # fmt: skip
+  """Those of operands, None for what is not floating.
+
+  Args:
+    operands: as kernels were handed them.
+    pairs: whether each is of pairs.
+    by_row: the cotangents of the floating ones that are not, in order; they are summed here.
+    of_pairs: the number of one of pairs to its cotangent, which may lack what tokens are padded to.
+  """
+  rest = iter(by_row)
+  moved: list[jax.Array | None] = []
+  for number, (x, paired) in enumerate(zip(operands, pairs, strict=True)):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      moved.append(None)
+    elif paired:
+      found = of_pairs(number=number)
+      more = [(0, n - size) for size, n in zip(found.shape, x.shape, strict=True)]
+      moved.append(jnp.pad(found, more).astype(x.dtype))
+    else:
+      moved.append(_summed(next(rest), x))
+  return moved

@@ -14,11 +14,11 @@ import numpy as np
 
 from attnx.attention import by_tile
 from attnx.attention import plan as plans
-from attnx.attention.handed import Handed, all_exist, hand_over, padded, sides, summed
+from attnx.attention.handed import Handed, all_exist, cotangents, hand_over, outlined, padded, sides
 from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec
 from attnx.core.tokens import Tokens
-from attnx.core.varying import alone
+from attnx.core.varying import split
 from pallas_kernels.algebra import FLOOR, Algebra, Facts, Side
 from pallas_kernels.decoding import combined
 from pallas_kernels.gpu import backward, decode, decode_call, streaming
@@ -142,22 +142,8 @@ class _Run:
     pairs = functools.partial(
       backward.gradient_of_pairs, *args(1), blocks=self.blocks.queries, **self.how
     )
-    rest = iter(by_row)
-    moved: list[Any] = []
-    for n, (x, layout) in enumerate(zip(operands, self.how["layout"], strict=True)):
-      if not jnp.issubdtype(x.dtype, jnp.floating):
-        moved.append(None)
-      elif layout.pairs:
-        moved.append(_padded(pairs(number=n), x))
-      else:
-        moved.append(summed(next(rest), x))
+    moved = cotangents(operands, [o.pairs for o in self.how["layout"]], by_row, pairs)
     return dq, dk, dv, moved, None, None
-
-
-def _padded(grad: jax.Array, like: jax.Array) -> jax.Array:
-  """A gradient filled up with zeros for the tokens that do not exist."""
-  sizes = zip(grad.shape, like.shape, strict=True)
-  return jnp.pad(grad, [(0, n - size) for size, n in sizes]).astype(like.dtype)
 
 
 def refusal(
@@ -168,27 +154,20 @@ def refusal(
     return f"runs on Hopper GPUs (H100, H200), not on {backend}"
   if (capability := str(getattr(jax.devices()[0], "compute_capability", "none"))) != "9.0":
     return f"is compiled for Hopper GPUs (compute capability 9.0), not for {capability}"
-  if not alone():
-    return f"runs inside jax.shard_map where there are {jax.device_count()} devices"
-  return unfit(q, k, v, spec)
+  return split() or unfit(q, k, v, spec)
 
 
 def unfit(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> str | None:
   """Why a call fits no kernel on any Hopper GPU; None if it does. Nothing is computed."""
-  dtypes = {jnp.dtype(x.dtype).name for x in (q, k, v)}
-  if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
-    return f"wants q, k and v alike, bfloat16 or float16, got {', '.join(sorted(dtypes))}"
-  if spec.readouts:
-    names = ", ".join(type(readout).__name__ for readout in spec.readouts)
-    return f"reads values alone, and {names} besides"
-  (B, T, _, H), (S, V) = q.shape, v.shape[1::2]
+  wrong = by_tile.unalike(q, k, v, ("bfloat16", "float16")) or by_tile.besides(spec)
+  if wrong is not None:
+    return wrong
+  H, V = q.shape[3], v.shape[3]
   if not {H, V} <= set(WIDTHS):
     return f"wants heads of a multiple of 32 up to 256, got H={H} and V={V}: pad them with zeros"
   block = choose(H, V, q.dtype).forward
-  if (tiles := B * -(-T // block.line) * -(-S // block.k)) > LIST:
-    size = f"{block.line} x {block.k}"
-    return f"lists up to {LIST} tiles of {size}, got {tiles}: split tokens or rows over devices"
-  return by_tile.untraceable(spec, q, k) or _unknown(spec, q, k)
+  many = by_tile.unlisted(q, k, (block.line, block.k), LIST)
+  return many or by_tile.untraceable(spec, q, k) or _unknown(spec, q, k)
 
 
 KNOWN = {  # what a warpgroup can do to the registers of a tile
@@ -203,17 +182,11 @@ KNOWN = {  # what a warpgroup can do to the registers of a tile
 def _unknown(spec: AttentionSpec, q: jax.Array, k: jax.Array) -> str | None:
   """Why a spec cannot be read in registers, where each thread has some numbers of a tile."""
   shape = (64, 64)
-  handed: list[Handed] = []
-
-  def hand(q):
-    tokens = Tokens.of_length(q.shape[1]), Tokens.of_length(k.shape[1])
-    handed.append(hand_over(spec, q, *tokens))
-    return [operand.array for operand in handed[0].operands]
-
-  operands = jax.eval_shape(hand, jax.ShapeDtypeStruct(q.shape, q.dtype))
-  if any(not o.pairs and x.shape[3] > 1 for x, o in zip(operands, handed[0].operands)):
+  tokens = Tokens.of_length(q.shape[1]), Tokens.of_length(k.shape[1])
+  handed, operands = outlined(spec, q, *tokens)
+  if any(not o.pairs and x.shape[3] > 1 for x, o in zip(operands, handed.operands)):
     return "looks nothing up in tables, which its parts have: choose another implementation"
-  how = by_tile.algebra(spec, handed[0], q.shape[3], q.dtype)
+  how = by_tile.algebra(spec, handed, q.shape[3], q.dtype)
 
   def tile(products, side, number, *tiles):
     sides, one = Side(side, side, side), jnp.full((1, 1), number)

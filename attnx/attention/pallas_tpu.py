@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any
@@ -13,11 +14,11 @@ import numpy as np
 
 from attnx.attention import by_tile
 from attnx.attention import plan as plans
-from attnx.attention.handed import Handed, all_exist, hand_over, padded, sides, summed
+from attnx.attention.handed import Handed, all_exist, cotangents, hand_over, outlined, padded, sides
 from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec
 from attnx.core.tokens import Tokens
-from attnx.core.varying import alone
+from attnx.core.varying import split
 from pallas_kernels.algebra import FLOOR, Algebra
 from pallas_kernels.blocks import Chosen, choose, dividing
 from pallas_kernels.decoding import combined
@@ -111,9 +112,8 @@ def _halves(size: int) -> list[int]:
 
 def summary(spec: AttentionSpec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> plans.Summary:
   """The plan that the forward kernel follows for a call; arrays may be shapes only."""
-  found: list[Handed] = []
-  jax.eval_shape(lambda q: found.append(hand_over(spec, q, q_tokens, k_tokens)), q)
-  blocks = cut(spec, q, v, q_tokens, k_tokens, *found).forward
+  handed, _ = outlined(spec, q, q_tokens, k_tokens)
+  blocks = cut(spec, q, v, q_tokens, k_tokens, handed).forward
   outcome = plans.outcome(spec.mask, q_tokens, k_tokens, blocks.q, blocks.k)
   pieces = f"{blocks.rows} x {blocks.columns}, {blocks.ahead} ahead"
   return dataclasses.replace(outcome, pieces=pieces)
@@ -163,17 +163,11 @@ class _Run:
     args = (q, k, v, *sides, operands, self._plan(kinds), told, grad.out.astype(q.dtype))
     dq, dk, dv = streaming.gradients(*args, blocks=self.blocks.backward, **self.how)
     beside = lambda of, **which: of(*args, blocks=self.blocks.backward, **self.how, **which)
-    by_row: Any = iter(())
-    if streaming.by_row(operands, self.how["layout"]):
-      by_row = iter(beside(streaming.gradient_of_tables))
-    moved: list[Any] = []
-    for n, (x, layout) in enumerate(zip(operands, self.how["layout"], strict=True)):
-      if not jnp.issubdtype(x.dtype, jnp.floating):
-        moved.append(None)
-      elif layout.pairs:
-        moved.append(beside(streaming.gradient_of_pairs, number=n).astype(x.dtype))
-      else:
-        moved.append(summed(next(by_row), x))
+    layout = self.how["layout"]
+    moves = streaming.by_row(operands, layout)
+    by_row = beside(streaming.gradient_of_tables) if moves else []
+    of_pairs = functools.partial(beside, streaming.gradient_of_pairs)
+    moved = cotangents(operands, [o.pairs for o in layout], by_row, of_pairs)
     return dq.astype(q.dtype), dk, dv, moved, None, None
 
 
@@ -183,22 +177,15 @@ def refusal(
   """Why a call cannot run in the kernels here; None if it can."""
   if jax.default_backend() != "tpu":
     return f"runs on TPU, not on {jax.default_backend()}"
-  if not alone():
-    return f"runs inside jax.shard_map where there are {jax.device_count()} devices"
-  return unfit(q, k, v, spec)
+  return split() or unfit(q, k, v, spec)
 
 
 def unfit(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> str | None:
   """Why a call fits no kernel on any TPU; None if it does. Nothing is computed."""
-  dtypes = {jnp.dtype(x.dtype).name for x in (q, k, v)}
-  if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float32"}:
-    return f"wants q, k and v alike, bfloat16 or float32, got {', '.join(sorted(dtypes))}"
-  if spec.readouts:
-    names = ", ".join(type(readout).__name__ for readout in spec.readouts)
-    return f"reads values alone, and {names} besides"
-  (B, T, _, H), (S, V) = q.shape, v.shape[1::2]
+  wrong = by_tile.unalike(q, k, v, ("bfloat16", "float32")) or by_tile.besides(spec)
+  if wrong is not None:
+    return wrong
+  (T, H), (S, V) = q.shape[1::2], v.shape[1::2]
   block = choose(T, S, H, V, q.dtype).forward
-  if (tiles := B * -(-T // block.q) * -(-S // block.k)) > LIST:
-    size = f"{block.q} x {block.k}"
-    return f"lists up to {LIST} tiles of {size}, got {tiles}: split tokens or rows over devices"
-  return by_tile.untraceable(spec, q, k)
+  many = by_tile.unlisted(q, k, (block.q, block.k), LIST)
+  return many or by_tile.untraceable(spec, q, k)

@@ -11,17 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-
-def varying(tree: Any, *sources: Any) -> Any:
-  """`tree`, which a loop over `sources` starts from, varying over the mesh axes that those vary on.
-
-  Outside `jax.shard_map` nothing varies, and `tree` comes back as it is.
-  """
-  vary = lambda x: jax.typeof(x).manual_axis_type.varying
-  axes = frozenset().union(*map(vary, jax.tree.leaves(sources)))
-  if not axes:
-    return tree
-  return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(axes - vary(x)), to="varying"), tree)
+from pallas_kernels.varying import varying
 
 
 def together(tree: Any) -> Any:
@@ -36,6 +26,8 @@ def together(tree: Any) -> Any:
   return structure.unflatten(leaves)
 
 
-def alone() -> bool:
-  """Whether arrays are what one device has, so that XLA need not split what is done with them."""
-  return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
+def split() -> str | None:
+  """Why kernels cannot run here, if XLA would have to split what is done with arrays; else None."""
+  if jax.device_count() == 1 or jax.sharding.get_abstract_mesh().manual_axes:
+    return None
+  return f"runs inside jax.shard_map where there are {jax.device_count()} devices"

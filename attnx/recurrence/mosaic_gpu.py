@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attnx.core.varying import alone, together
+from attnx.core.varying import split, together
 from attnx.recurrence import chunks
 from pallas_kernels.gpu import chunk_scan, delta_rule, linear_recurrence
 from pallas_kernels.gpu.chunk_scan import C, Plan
@@ -38,8 +38,8 @@ def refusal(xs: dict[str, jax.Array], chunk: int) -> str | None:
     return f"runs on Hopper GPUs, not on {jax.default_backend()}"
   if (found := getattr(jax.devices()[0], "compute_capability", "none")) != "9.0":
     return f"runs on Hopper GPUs, of compute capability 9.0, not on {found}"
-  if not alone():
-    return f"runs inside jax.shard_map where there are {jax.device_count()} devices"
+  if (reason := split()) is not None:
+    return reason
   if wrong := {str(xs[name].dtype) for name in "qkv"} - {"bfloat16"}:
     # a state sums over all tokens, and float16 ends at 65504
     return f"wants q, k and v in bfloat16, got {', '.join(sorted(wrong))}; cast them"

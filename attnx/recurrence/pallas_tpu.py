@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from attnx.core.varying import alone, together
+from attnx.core.varying import split, together
 from attnx.recurrence import chunks
 from pallas_kernels.tpu import chunk_scan, delta_rule, linear_recurrence
 
@@ -26,8 +26,8 @@ def refusal(xs: dict[str, jax.Array], chunk: int) -> str | None:
   (_, T, _, H), V = xs["q"].shape, xs["v"].shape[3]
   if jax.default_backend() != "tpu":
     return f"runs on TPU, not on {jax.default_backend()}"
-  if not alone():
-    return f"runs inside jax.shard_map where there are {jax.device_count()} devices"
+  if (reason := split()) is not None:
+    return reason
   if wrong := {str(x.dtype) for x in xs.values()} - {"float32", "bfloat16"}:
     return f"wants float32 or bfloat16, got {', '.join(sorted(wrong))}"
   if H % 64 or V % 64:

@@ -282,6 +282,18 @@ def gradient_of_keys(
         free(grad_ring, t)
         return sums
 
+      def added(sums, weights, tile, t, *, first, last):
+        """sums + weights tile of the ring `last`, in its turn; the next visit begins at `first`."""
+
+        def after():
+          turns.give()
+          ready(t + 1, here.visits, first)
+
+        turns.take()
+        sums = unit.add(sums, weights, tile, meanwhile=after)
+        free(last, t)
+        return sums
+
       def values(masked: bool, t, dv):
         """Sums for values; products are handed to the warpgroup that sums for their keys."""
         scores, filled, taken = handed
@@ -302,15 +314,7 @@ def gradient_of_keys(
 
         edited = inlined(weights)(products).astype(grad_tile.dtype)
         free(q_ring, t)
-
-        def after():
-          turns.give()
-          ready(t + 1, here.visits, q_ring)
-
-        turns.take()
-        dv = unit.add(dv, edited, grad_tile, meanwhile=after)
-        free(grad_ring, t)
-        return dv
+        return added(dv, edited, grad_tile, t, first=q_ring, last=grad_ring)
 
       def keys(masked: bool, t, dk):
         """Sums for keys, from the products that are handed over."""
@@ -327,15 +331,7 @@ def gradient_of_keys(
         pull = _pulled(algebra, unit, masked, facts, still, told_of(told), axis=1)
         _, products, _ = pull(products, cotangents)
         free(grad_ring, t)
-
-        def after():
-          turns.give()
-          ready(t + 1, here.visits, grad_ring)
-
-        turns.take()
-        dk = unit.add(dk, products.astype(q_tile.dtype), q_tile, meanwhile=after)
-        free(q_ring, t)
-        return dk
+        return added(dk, products.astype(q_tile.dtype), q_tile, t, first=grad_ring, last=q_ring)
 
       zeros = lambda width: unit.full((bs, width), 0.0, TILE)
       fold = lambda step, sums: _visit(step, here, sums, kinds)

@@ -34,21 +34,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
-from pallas_kernels.gpu.tiles import ROW, TILE, Warpgroup, smem, varying
+from pallas_kernels.gpu.tiles import ROW, TILE, Warpgroup, smem
+from pallas_kernels.products import AXES, PULL, dot
+from pallas_kernels.varying import varying
 
 C = 64  # tokens of a chunk: the rows of an instruction that multiplies
 COLUMNS = 64  # of a state that a program of the walk holds
 SHARED = 200 << 10  # bytes of shared memory that the ring of a walk may fill
 WALKED = "attnx_walked"  # names what a gradient would have to walk for again
 DTYPE = jnp.bfloat16  # of all that is multiplied; a state may be too large for float16
-
-_AXES = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}  # that a product sums over
-# a b has the cotangents of a and b that are products of these pairs, "g" being its own.
-_PULL = {
-  "nn": (("gb", "nt"), ("ag", "tn")),
-  "nt": (("gb", "nn"), ("ga", "tn")),
-  "tn": (("bg", "nt"), ("ag", "nn")),
-}
 
 
 class Pair(NamedTuple):
@@ -85,7 +79,7 @@ def multiply(pairs: Sequence[Pair], plan: Plan, acc: jax.Array | None = None) ->
   """
   if plan.interpret:
     start = jnp.zeros(_result(pairs[0]), jnp.float32) if acc is None else acc
-    return sum((_dot(a[...], b[...], _AXES[kind]) for a, b, kind in pairs), start)
+    return sum((dot(a[...], b[...], AXES[kind]) for a, b, kind in pairs), start)
 
   def run(sums):
     turned = lambda x, how: plgpu.transpose_ref(x, (1, 0)) if how == "t" else x
@@ -101,14 +95,9 @@ def multiply(pairs: Sequence[Pair], plan: Plan, acc: jax.Array | None = None) ->
   return pl.run_state(run)(plgpu.ACC.init(acc))
 
 
-def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-  dimensions = ((axes[0],), (axes[1],)), ((), ())
-  return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
-
-
 def _result(pair: Pair) -> tuple[int, int]:
   """The shape of a product of tiles."""
-  i, j = (1 - axis for axis in _AXES[pair.kind])
+  i, j = (1 - axis for axis in AXES[pair.kind])
   return pair.a.shape[i], pair.b.shape[j]
 
 
@@ -239,7 +228,7 @@ def _product_bwd(kind, plan, matrix, dtype, residuals, g):
   given = dict(zip("ab", residuals)) | {"g": g.astype(DTYPE)}
   return tuple(
     gradient([Pair(given[pair[0]], given[pair[1]], how)], plan, x)
-    for x, (pair, how) in zip(residuals, _PULL[kind], strict=True)
+    for x, (pair, how) in zip(residuals, PULL[kind], strict=True)
   )
 
 

@@ -24,6 +24,7 @@ from pallas_kernels.decoding import Call, Partials, check_beside, packed, planne
 from pallas_kernels.gpu import decode_call
 from pallas_kernels.gpu.decode_call import FIELDS, PIECE, STORED, Cut, Operands
 from pallas_kernels.gpu.tiles import COLUMN, ROW, TILE, Warpgroup, inlined, smem, swizzle_of, whole
+from pallas_kernels.products import dot
 from pallas_kernels.visits import Operand
 
 COMPUTE, MOVE = range(2)  # warpgroups
@@ -560,14 +561,8 @@ def _store(wg: Warpgroup, ref: Any, piece, x: jax.Array) -> None:
 def _add(wg: Warpgroup, acc: jax.Array, values: Any, weights: Any) -> jax.Array:
   """acc + v^T w^T; acc (V, rows), v (block, V) and w (rows, block) in swizzled shared memory."""
   if wg.interpret:
-    return acc + _dot(values[...], weights[...], (0, 1))
+    return acc + dot(values[...], weights[...], (0, 1))
   turn = lambda ref: plgpu.transpose_ref(ref, (1, 0))
   return pl.run_state(lambda sums: plgpu.wgmma(sums, turn(values), turn(weights)))(
     plgpu.ACC.init(acc)
-  )
-
-
-def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-  return lax.dot_general(
-    a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32
   )

@@ -14,7 +14,8 @@ import jax.experimental.pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.gpu.tiles import Order, varying
+from pallas_kernels.gpu.tiles import Order
+from pallas_kernels.varying import varying
 
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 24)}  # of those that multiply, and that move
 

@@ -21,6 +21,8 @@ import numpy as np
 
 from pallas_kernels.algebra import Facts, Side
 from pallas_kernels.blocks import table
+from pallas_kernels.products import dot
+from pallas_kernels.scaled import evaluated
 from pallas_kernels.visits import EMPTY, FULL, Operand
 
 ROWS = 64  # of an instruction that multiplies
@@ -191,7 +193,7 @@ class Warpgroup:
     if self.interpret:
       if meanwhile is not None:
         meanwhile()
-      return [_dot(a[...], b[...], (1, 1)) for a, b in pairs]
+      return [dot(a[...], b[...], (1, 1)) for a, b in pairs]
 
     def start(pairs, sums):
       if not pairs:
@@ -215,7 +217,7 @@ class Warpgroup:
     if self.interpret:
       if meanwhile is not None:
         meanwhile()
-      return acc + _dot(a, b[...], (1, 0))
+      return acc + dot(a, b[...], (1, 0))
 
     def run(sums):
       plgpu.wgmma(sums, a, b)
@@ -295,12 +297,6 @@ def _head(ref, b, n) -> tuple:
   return 0 if ref.shape[0] == 1 else b, 0 if ref.shape[1] == 1 else n
 
 
-def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-  return lax.dot_general(
-    a, b, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32
-  )
-
-
 def inlined(f: Callable) -> Callable:
   """The function in what Mosaic GPU lowers: without calls, among them those of `jax.custom_jvp`,
 
@@ -320,8 +316,7 @@ def inlined(f: Callable) -> Callable:
       elif eqn.primitive is lax.integer_pow_p:
         outs = [_power(values[0], eqn.params["y"])]
       else:
-        outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-        outs = outs if eqn.primitive.multiple_results else [outs]
+        outs = evaluated(jaxpr, eqn, values)
       known.update(zip(eqn.outvars, outs, strict=True))
     return [read(x) for x in jaxpr.outvars]
 
@@ -338,17 +333,6 @@ def _power(x: jax.Array, y: int) -> jax.Array:
   if abs(y) < 2:
     return (jnp.ones_like(x), x, 1 / x)[y]
   return lax.integer_pow(x, y) if y > 0 else 1 / lax.integer_pow(x, -y)
-
-
-def varying(results: Sequence[jax.Array], arrays: Sequence[Any]) -> list[jax.Array]:
-  """Results of a kernel, varying over the mesh axes of `jax.shard_map` that any array varies on.
-
-  `plgpu.kernel` forgets them.
-  """
-  vary = lambda x: jax.typeof(x).manual_axis_type.varying
-  axes = frozenset().union(*map(vary, arrays))
-  restored = lambda x: lax.pcast(x, tuple(axes - vary(x)), to="varying")
-  return list(map(restored, results)) if axes else list(results)
 
 
 def eights(length: int) -> int:

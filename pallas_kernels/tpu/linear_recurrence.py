@@ -13,16 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.products import AXES, PULL, dot
+
 FLOOR = math.log(2.0**-149) - 1.0  # a log decay that just underflows; -inf is moved here
 ONE_PASS, THREE_PASSES, EXACT = 1, 3, 6  # products of bfloat16 that make up one product
-
-_CONTRACT = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}
-# product(a, b, kind) has the cotangents product(*da) and product(*db) of these, "g" being its own.
-_PULL = {
-  "nn": (("gb", "nt"), ("ag", "tn")),
-  "nt": (("gb", "nn"), ("ga", "tn")),
-  "tn": (("bg", "nt"), ("ag", "nn")),
-}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -43,10 +37,7 @@ def product(a: jax.Array, b: jax.Array, kind: str, passes: int) -> jax.Array:
 
 
 def _dot(a, b, kind: str, precision: jax.lax.Precision | None = None) -> jax.Array:
-  dimensions = (_CONTRACT[kind], ((), ()))
-  return jax.lax.dot_general(
-    a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
-  )
+  return dot(a, b, AXES[kind], precision)
 
 
 def _product_fwd(a, b, kind, passes):
@@ -55,7 +46,7 @@ def _product_fwd(a, b, kind, passes):
 
 def _product_bwd(kind, passes, residuals, g):
   given = dict(zip("ab", residuals)) | {"g": g}
-  return tuple(product(*(given[x] for x in pair), how, passes) for pair, how in _PULL[kind])
+  return tuple(product(*(given[x] for x in pair), how, passes) for pair, how in PULL[kind])
 
 
 product.defvjp(_product_fwd, _product_bwd)

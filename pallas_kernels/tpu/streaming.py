@@ -13,7 +13,6 @@ import functools
 from typing import Any
 
 import jax
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from pallas_kernels.tpu.walk import (
   SUBLANES, Blocks, Call, Place, ahead, block_of, by_kind, dot, eight, facts_of, inputs_of, lanes,
   run, sides_of, stand, upright, weigh, wide,
 )  # fmt: skip
+from pallas_kernels.varying import varying
 from pallas_kernels.visits import EMPTY, FIRST, LAST, Operand, occurring, visits
 
 F32 = jnp.float32
@@ -360,9 +360,7 @@ def _gradients_of_tile(
 
 def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
   """Sums to begin with, which inside of `jax.shard_map` vary over the axes that `like` does."""
-  zeros = jnp.zeros(shape, jnp.float32)
-  axes = tuple(jax.typeof(like).manual_axis_type.varying)
-  return lax.pcast(zeros, axes, to="varying") if axes else zeros
+  return varying(jnp.zeros(shape, jnp.float32), like)
 
 
 def _column(row: jax.Array) -> jax.Array:

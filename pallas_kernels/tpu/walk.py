@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from pallas_kernels import products
 from pallas_kernels.algebra import FLOOR, LANES, Algebra, Facts, Side
 from pallas_kernels.visits import FULL, PARTIAL, Operand
 
@@ -163,12 +164,8 @@ def facts_of(
 
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-  """Sum over axis axes[0] of a and axes[1] of b, in float32."""
-  precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return lax.dot_general(
-    a, b, (((axes[0],), (axes[1],)), ((), ())),
-    precision=precision, preferred_element_type=jnp.float32,
-  )  # fmt: skip
+  """Sum over axis axes[0] of a and axes[1] of b, in float32 and, of float32, in full precision."""
+  return products.dot(a, b, axes, lax.Precision.HIGHEST if a.dtype == jnp.float32 else None)
 
 
 def ahead(pieces: list, start: Callable, count: int) -> Iterator[tuple]:
