@@ -84,6 +84,11 @@ class Algebra:
   turns: bool = True
   counts: bool = True
 
+  @property
+  def base(self) -> float:
+    """The natural logarithm of what `exp` is a power of."""
+    return math.log(2) if self.exp is jnp.exp2 else 1.0
+
   def masked(
     self, products: jax.Array, facts: Facts, mask: bool, exist: Any = True
   ) -> tuple[jax.Array, Any, Any]:

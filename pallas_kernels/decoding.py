@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.algebra import FLOOR, Algebra, Side
 from pallas_kernels.visits import EMPTY, PARTIAL
@@ -102,13 +103,14 @@ def check_beside(call: Call, q_side, k_side, operands, layout, kinds, pages, len
     expect("an operand", x, some, (1, call.N), (1, call.T), last)
 
 
-def planned(call: Call, kinds: jax.Array | None, lengths: jax.Array) -> jax.Array:
+def planned(call: Call, kinds: Any, lengths: Any) -> Any:
   """The kinds of tiles (B, tiles) with lengths (B,) in them: nothing is FULL that ends early."""
-  first = jnp.arange(call.tiles) * call.block
-  kinds = jnp.full((1, call.tiles), PARTIAL) if kinds is None else kinds
+  xp: Any = np if not {type(kinds), type(lengths)} - {np.ndarray, type(None)} else jnp
+  first = np.arange(call.tiles) * call.block
+  kinds = np.full((1, call.tiles), PARTIAL) if kinds is None else kinds
   whole = first + call.block <= lengths[:, None]
-  kinds = jnp.where(whole, kinds, jnp.minimum(kinds, PARTIAL))
-  return jnp.where(first < lengths[:, None], kinds, EMPTY).astype(jnp.int32)
+  kinds = xp.where(whole, kinds, xp.minimum(kinds, PARTIAL))
+  return xp.where(first < lengths[:, None], kinds, EMPTY).astype(np.int32)
 
 
 def scales(call: Call, scale: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:

@@ -280,14 +280,21 @@ def test_no_two_threads_touch_the_same_memory_at_once(name):
     problem.interpret = INTERPRET
 
 
-def test_lines_without_visits_are_zero():
-  problem, peaks, _ = solved("wide")
-  told = list(problem.told(peaks, BLOCKS.k, 64))
-  told[6] = np.zeros_like(told[6])
-  assert all(not np.any(x) for x in backward.gradient_of_keys(*told, **problem.how()))
-  told = list(problem.told(peaks, BLOCKS.line, BLOCKS.k))
-  told[6] = np.zeros_like(told[6])
-  assert not np.any(backward.gradient_of_queries(*told, **problem.how())[0])
+@pytest.mark.parametrize("name", ["group", "wide"])
+def test_lines_that_see_nothing_are_zero(name):
+  problem, peaks, _ = solved(name)
+
+  def told(rows, columns):
+    found = list(problem.told(peaks, rows, columns))
+    found[3], found[6] = found[3].copy(), np.full_like(found[6], EMPTY)
+    found[3][:, 1] = -1  # before the first key
+    return found
+
+  last = problem.case.sizes[5:]
+  of_keys = told(BLOCKS.k, backward.keys_of_line(BLOCKS, *last))
+  assert all(not np.any(x) for x in backward.gradient_of_keys(*of_keys, **problem.how()))
+  of_queries = told(BLOCKS.line, BLOCKS.k)
+  assert not np.any(backward.gradient_of_queries(*of_queries, **problem.how())[0])
 
 
 def test_what_the_kernels_do_not_take_is_refused():

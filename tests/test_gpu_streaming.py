@@ -21,7 +21,7 @@ from attnx.attention import AttentionSpec, masks, mosaic_gpu, reference, transfo
 from attnx.core import registry
 from attnx.core.tokens import Tokens
 from pallas_kernels import blocks
-from pallas_kernels.gpu import streaming
+from pallas_kernels.gpu import streaming, tiles
 from pallas_kernels.gpu.tiles import Blocks, Chosen, Order, choose, lists
 from pallas_kernels.visits import EMPTY, FULL, PARTIAL
 
@@ -185,11 +185,18 @@ def test_gradients_inside_of_shard_map_vary_over_the_mesh():
   assert jax.tree.map(jnp.shape, jax.eval_shape(run, qkv)) == jax.tree.map(jnp.shape, qkv)
 
 
-def test_no_two_threads_touch_the_same_memory_at_once():
-  """More visits than a ring has stages, masks on some of them, turns between two warpgroups."""
+@pytest.mark.parametrize("widths", [(64, 64), (256, 256), (64, 32)], ids=str)
+@pytest.mark.parametrize("lines", [1, 3])
+def test_no_two_threads_touch_the_same_memory_at_once(lines, widths, monkeypatch):
+  """More visits than a ring has stages, masks on some of them, turns between two warpgroups.
+
+  One block works on all lines: queries of the next are on their way where two fit, and not where
+  heads are wide.
+  """
+  monkeypatch.setattr(tiles, "PROCESSORS", 1)
   gpu_callbacks.reset_gpu_interpret_mode_state()
-  qkv = arguments(heads=(1, 1), lengths=(64, 256))
-  tokens = Tokens.of_length(64, offset=180), Tokens.of_length(256)
+  qkv = arguments(*widths, heads=(1, 1), lengths=(lines * 128 - 30, 256))
+  tokens = Tokens.of_length(lines * 128 - 30, offset=180), Tokens.of_length(256)
   assert_reference(
     SPECS["causal"], qkv, *tokens, interpret=InterpretGPUParams(detect_races=True)
   )
@@ -211,6 +218,16 @@ def test_every_head_and_line_has_a_block(size):
   found = [tuple(int(x) for x in order.at(jnp.int32(n))) for n in range(30)]
   assert sorted(found) == [(head, line) for head in range(6) for line in range(5)]
   assert len({head for head, _ in found[: order.together]}) == order.together
+
+
+def test_blocks_share_lines_by_what_these_visit():
+  order, visits = Order.of(64, 32, 2**21), np.arange(1, 33)[None]  # as under a causal mask
+  for known, allowed in ((visits, 1.02), (jnp.asarray(visits), 1.2)):
+    numbers, own = map(np.asarray, order.shares(known))
+    every = [numbers[block, :n] for block, n in enumerate(own)]
+    np.testing.assert_array_equal(np.sort(np.concatenate(every)), np.arange(64 * 32))
+    loads = [visits[0, order.at(mine)[1]].sum() for mine in every]
+    assert max(loads) <= allowed * np.mean(loads)
 
 
 WIDTHS = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]

@@ -35,14 +35,15 @@ class Implementation:
     refusal: (q, k, v, spec, q_tokens, k_tokens) -> why a call cannot run here, None when it can.
     plan: (spec, q, k, v, q_tokens, k_tokens) -> which tiles it visits, None if it
       cannot run the call; None: it knows no tiles.
-    measured: whether it has run where it is for; "auto" takes no other.
+    slower: (q, k, v, spec, q_tokens, k_tokens) -> the name of an implementation that was measured
+      to be faster where both can run the call, None where none was.
   """
 
   partial: Callable[..., Partial]
   offers: frozenset[str] = frozenset()
   refusal: Callable[..., str | None] = lambda *call: None
   plan: Callable[..., plans.Summary | None] | None = None
-  measured: bool = True
+  slower: Callable[..., str | None] = lambda *call: None
 
   def why_not(self, q, k, v, spec: AttentionSpec, *tokens: Tokens) -> str | None:
     if missing := spec.needs - self.offers:
@@ -54,11 +55,9 @@ TILES = frozenset(Need) - {Need.ROW}
 IMPLEMENTATIONS = {  # in order of preference
   "pallas_tpu": Implementation(pallas_tpu.partial, TILES, pallas_tpu.refusal, pallas_tpu.summary),
   "cudnn": Implementation(
-    cudnn.partial, frozenset({Need.INDEX, Need.PARAMETERS}), cudnn.refusal, measured=False
+    cudnn.partial, frozenset({Need.INDEX, Need.PARAMETERS}), cudnn.refusal, slower=cudnn.slower
   ),
-  "mosaic_gpu": Implementation(
-    mosaic_gpu.partial, TILES, mosaic_gpu.refusal, mosaic_gpu.summary, measured=False
-  ),
+  "mosaic_gpu": Implementation(mosaic_gpu.partial, TILES, mosaic_gpu.refusal, mosaic_gpu.summary),
   "chunked": Implementation(chunked.partial, frozenset(Need), plan=plans.summary),
   "reference": Implementation(reference.partial, offers=frozenset(Need)),
 }
@@ -87,13 +86,13 @@ def choose(q, k, v, spec: AttentionSpec, *tokens: Tokens, implementation: str = 
     UnsupportedError: none can, with the reason of each refusal.
     ValueError: there is no implementation of that name.
   """
-  measured = [name for name, one in IMPLEMENTATIONS.items() if one.measured]
-  refusals = {}
-  for name in measured if implementation == "auto" else [implementation]:
+  call, refusals = (q, k, v, spec, *tokens), {}
+  for name in IMPLEMENTATIONS if implementation == "auto" else [implementation]:
     if name not in IMPLEMENTATIONS:
       raise ValueError(f"implementation={name!r} is not one of {['auto', *IMPLEMENTATIONS]}")
-    if (reason := IMPLEMENTATIONS[name].why_not(q, k, v, spec, *tokens)) is None:
-      return name
+    if (reason := IMPLEMENTATIONS[name].why_not(*call)) is None:
+      other = IMPLEMENTATIONS[name].slower(*call) if implementation == "auto" else None
+      return name if other is None or IMPLEMENTATIONS[other].why_not(*call) else other
     refusals[name] = reason
   raise UnsupportedError(
     "no implementation can run this call:\n"

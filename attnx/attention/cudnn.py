@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx.attention.cudnn_spec import Asked, read
-from attnx.attention.masks import pick
+from attnx.attention.masks import Everything, pick
 from attnx.attention.partial import Partial, from_lse
 from attnx.attention.spec import AttentionSpec
 from attnx.core.tokens import Tokens
@@ -199,6 +199,16 @@ def refusal(
   heads = tuple(x.shape[2:] for x in (q, k, v))
   return unbuildable(heads, str(q.dtype), bias, asked.causal, asked.window is not None,
                      asked.padded)  # fmt: skip
+
+
+def slower(q, k, v, spec: AttentionSpec, *tokens: Tokens) -> str | None:
+  """"mosaic_gpu" where its kernels beat cuDNN on an H100, forward and backward; else None.
+
+  These are calls with a mask or wide heads. See experiments/gpu_attention.
+  """
+  few, wide = q.shape[1] <= 16, max(q.shape[3], v.shape[3]) > 128
+  masked = not isinstance(spec.mask, Everything)
+  return "mosaic_gpu" if (masked or wide) and not few and not spec.transforms else None
 
 
 @functools.lru_cache

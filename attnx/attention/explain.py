@@ -19,8 +19,7 @@ class Row:
 
   Attributes:
     name: of the implementation.
-    verdict: "runs" for the one that "auto" takes, "could run" for those that come after it or
-      have not been measured yet, or why not.
+    verdict: "runs" for the one that "auto" takes, "could run" for others, or why not.
     flops: of the two products over the tiles that it visits, forward; None where it cannot run.
     bytes: of the arguments and the result, which have to be moved at least once.
     memory: temporary bytes of the compiled forward pass on this backend.
@@ -93,6 +92,7 @@ def explain(
   moved = sum(x.size * x.dtype.itemsize for x in shapes) + B * T * N * V * value.dtype.itemsize
   tiles: dict[str, plan.Summary] = {}
   rows: list[Row] = []
+  taken = api.choose(q, k, v, spec, q_tokens, k_tokens)
   for name, implementation in api.IMPLEMENTATIONS.items():
     if implementation.plan is not None and spec.needs <= implementation.offers:
       told = implementation.plan(spec, q, k, v, q_tokens, k_tokens)
@@ -102,9 +102,8 @@ def explain(
       continue
     memory = temporary(implementation.partial, shapes, spec, q_tokens, k_tokens)
     pairs = tiles[name].pairs if name in tiles else T * S
-    taken = any(row.verdict == "runs" for row in rows) or not implementation.measured
     flops = 2 * B * N * (H + V) * pairs
-    rows.append(Row(name, "could run" if taken else "runs", flops, moved, memory))
+    rows.append(Row(name, "runs" if name == taken else "could run", flops, moved, memory))
   call = (
     f"B={B} T={T} S={S} N={N} K={K} H={H} V={V} {value.dtype.name} on {jax.default_backend()}, "
     f"needs {sorted(map(str, spec.needs)) or 'nothing'}\nmask {spec.mask}"

@@ -15,7 +15,7 @@ import numpy as np
 from attnx.attention import by_tile
 from attnx.attention import plan as plans
 from attnx.attention.handed import Handed, all_exist, cotangents, hand_over, outlined, padded, sides
-from attnx.attention.partial import Partial
+from attnx.attention.partial import Partial, from_lse
 from attnx.attention.spec import AttentionSpec
 from attnx.core.tokens import Tokens
 from attnx.core.varying import split
@@ -44,7 +44,9 @@ def partial(
   """`reference.partial` without the scores ever leaving registers, and its gradient.
 
   Products are added up in float32, weights are rounded to the dtype of the inputs before they read
-  values, and softmax takes its exponentials to base 2. Reverse-mode derivatives of first order.
+  values, and softmax takes its exponentials to base 2. Where weights rescale, the output is divided
+  by their sum and rounded to the dtype of the inputs, as a library kernel returns it, unless there
+  are few queries. Reverse-mode derivatives of first order.
 
   Args:
     q, k, v, spec, q_tokens, k_tokens: as for `attend`; shapes have been checked.
@@ -71,12 +73,14 @@ def partial(
   algebra = dataclasses.replace(algebra, turns=True)
   run = _Run(algebra, handed, blocks, interpret, kinds, (T, S, block))
   traced = None if isinstance(kinds[0], np.ndarray) else kinds
-  p = run.fold(
+  out, *stats = run.fold(
     q, k, v, [padded(operand, rows, columns) for operand in handed.operands],
     (sides(q_tokens, rows), sides(k_tokens, columns)), traced,
   )  # fmt: skip
-  by_row = lambda x: jnp.swapaxes(x, 1, 2)
-  return Partial(p.out, by_row(p.mass), by_row(p.peak), by_row(p.count))
+  size, count = (jnp.swapaxes(x, 1, 2) for x in stats)
+  if algebra.height is None:
+    return Partial(out, mass=size, peak=jnp.zeros_like(size), count=count)
+  return from_lse(out, size, count)
 
 
 def _cuts(blocks: Chosen, H: int, V: int) -> list[tuple[int, int]]:
@@ -97,6 +101,9 @@ def summary(spec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> plans.Summary 
 class _Run:
   """The forward and the backward kernels of one call, as a function with a gradient.
 
+  It returns out (B, T, N, V), and (B, N, T) twice: where the algebra has peaks, out is divided by
+  the mass, and the natural logarithm of it comes first, else the mass; then the count.
+
   `kinds` are those of the plans of the three kernels, which share sides and operands. A few
   queries, as in decoding, have a kernel of their own, unless a gradient is asked for: `sizes` are
   T, S and the keys of its tiles, 0 if it is not to be used, and its plan is the fourth.
@@ -104,7 +111,7 @@ class _Run:
 
   def __init__(self, algebra: Algebra, handed: Handed, blocks: Chosen, interpret, kinds, sizes):
     self.sizes = sizes
-    self.unit = math.log(2) if algebra.exp is jnp.exp2 else 1.0
+    self.algebra = algebra
     self.kinds = kinds if isinstance(kinds[0], np.ndarray) else None
     self.blocks = blocks
     layout = tuple(Operand(operand.pairs) for operand in handed.operands)
@@ -112,28 +119,42 @@ class _Run:
     self.fold = jax.custom_vjp(self._few if sizes[2] else lambda *args: self._forward(*args)[0])
     self.fold.defvjp(self._forward, self._backward)
 
-  def _few(self, q, k, v, operands, sides, kinds) -> Partial:
+  def _few(self, q, k, v, operands, sides, kinds):
     T, S, block = self.sizes
     parts = decode.decode(
       jnp.swapaxes(q, 1, 2), k, v, sides[0][..., :T], sides[1][..., :S],
-      [x[:, :, :T, :S] for x in operands], jnp.asarray((self.kinds or kinds)[3]), block_k=block,
+      [x[:, :, :T, :S] for x in operands], (self.kinds or kinds)[3], block_k=block,
       **self.how,
     )  # fmt: skip
-    seen = combined(parts, self.how["algebra"])
-    return Partial(jnp.swapaxes(seen.out, 1, 2), seen.mass, seen.peak * self.unit, seen.count)
+    seen = combined(parts, self.algebra)
+    out = jnp.swapaxes(seen.out, 1, 2)
+    if self.algebra.height is None:
+      return out, seen.mass, seen.count
+    mass = jnp.swapaxes(jnp.where(seen.mass > 0, seen.mass, 1.0), 1, 2)
+    lse = seen.peak * self.algebra.base + jnp.log(seen.mass)
+    return out / mass[..., None], lse, seen.count
 
   def _forward(self, q, k, v, operands, sides, kinds):
     args = (q, k, v, *sides, operands, (self.kinds or kinds)[0])
     out, stats = streaming.forward(*args, blocks=self.blocks.forward, **self.how)
-    mass, peak, count = (
-      stats[:, :, row] for row in (streaming.MASS, streaming.PEAK, streaming.COUNT)
-    )
-    return Partial(out, mass, peak * self.unit, count), (q, k, v, operands, sides, kinds, peak)
+    size, count = (stats[:, :, row] for row in (streaming.SIZE, streaming.COUNT))
+    saved = (q, k, v, operands, sides, kinds, out, size)
+    if self.algebra.height is not None:
+      size = size * self.algebra.base
+    return (out.astype(jnp.float32) if self.sizes[2] else out, size, count), saved
 
-  def _backward(self, residuals, grad: Partial):
-    q, k, v, operands, sides, kinds, peak = residuals
-    read = grad.out.astype(q.dtype)
-    told = jnp.stack([jnp.maximum(peak, FLOOR), grad.mass], axis=2)  # ORIGIN, SLOPE
+  def _backward(self, saved, grads):
+    q, k, v, operands, sides, kinds, out, size = saved
+    dout, slope, _ = grads
+    if self.algebra.height is None:
+      origin = jnp.zeros_like(size)
+    else:  # of weights whose mass is 1: they are measured from its logarithm
+      origin = jnp.maximum(size, FLOOR)
+      pulled = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+      pulled = jax.lax.optimization_barrier(pulled)  # a sum on its own runs along memory
+      slope = slope - jnp.swapaxes(pulled, 1, 2)
+    told = jnp.stack([origin, slope], axis=2)  # ORIGIN, SLOPE
+    read = dout.astype(q.dtype)
     args = lambda number: (
       q, k, v, *sides, operands, (self.kinds or kinds)[number], told, read
     )  # fmt: skip

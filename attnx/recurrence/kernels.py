@@ -1,4 +1,4 @@
-"""Which kernels compute recurrences, and a way to ask for those that no device has measured yet."""
+"""Which kernels compute recurrences, and a way to ask for others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from attnx.recurrence import mosaic_gpu, pallas_tpu
 
 KERNELS: dict[str, Any] = {"pallas_tpu": pallas_tpu, "mosaic_gpu": mosaic_gpu}
 NAMES = ("auto", *KERNELS, "chunked")
-AUTOMATIC = ("pallas_tpu",)
 ASKED: contextvars.ContextVar[str] = contextvars.ContextVar("asked", default="auto")
 
 
@@ -23,8 +22,8 @@ def asking(implementation: str) -> Iterator[None]:
 
   Args:
     implementation: "pallas_tpu" or "mosaic_gpu", which raise NotImplementedError where they cannot
-      run; "chunked" for matrix products that XLA compiles; or "auto", which takes the TPU's kernels
-      where they can run, and else the products.
+      run; "chunked" for matrix products that XLA compiles; or "auto", which takes the kernels that
+      can run, and else the products.
 
   Raises:
     ValueError: there is none of that name.
@@ -47,6 +46,6 @@ def chosen(xs: dict[str, jax.Array], chunk: int) -> Any:
   asked = ASKED.get()
   if asked in KERNELS and (reason := KERNELS[asked].refusal(xs, chunk)) is not None:
     raise NotImplementedError(f"implementation={asked!r} {reason}")
-  names = AUTOMATIC if asked == "auto" else [asked]
+  names = KERNELS if asked == "auto" else [asked]
   runs = lambda name: name in KERNELS and KERNELS[name].refusal(xs, chunk) is None
   return next((KERNELS[name] for name in names if runs(name)), None)

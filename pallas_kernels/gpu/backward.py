@@ -24,13 +24,13 @@ from pallas_kernels.gpu.rings import (
   write,
 )  # fmt: skip
 from pallas_kernels.gpu.tiles import (
-  COLUMN, ROW, TILE, Blocks, Order, Warpgroup, eights, inlined, lists, smem, whole,
+  COLUMN, ROW, SHARED, TILE, Blocks, Order, Warpgroup, eights, inlined, lists, smem, somewhere,
+  whole,
 )  # fmt: skip
 from pallas_kernels.visits import EMPTY, Operand, occurring
 
 F32 = jnp.float32
 ORIGIN, SLOPE = range(2)  # rows of what the kernels are told
-SHARED = 225 * 1024  # bytes of shared memory that tiles may take
 WIDE = 256  # H + V above which the sums of 64 keys and values leave a warpgroup no registers
 
 
@@ -63,6 +63,7 @@ def _gradient_of_queries(
 ):  # fmt: skip
   _check(q, k, v, grad, operands)
   (B, T, N, H), (_, S, K, V) = q.shape, v.shape
+  kinds = somewhere(kinds)
   (_, lines, length), plan, unit = kinds.shape, lists(kinds), Warpgroup(interpret)
   bq, bk, W = blocks.q, blocks.k, blocks.warpgroups
   total, columns = lines * blocks.line, length * bk
@@ -82,7 +83,7 @@ def _gradient_of_queries(
     operand_refs, refs = refs[: len(operands)], refs[len(operands) :]
     q, k, v, rows, grad, dq, *tables = refs
     w = lax.axis_index("warpgroup")
-    line_of = lambda: Line.at(order, N, counts, at, bk)
+    line_of = lambda: Line.at(order, lax.axis_index("block"), N, counts, at, bk)
 
     @pl.when(w == W)
     def _move():
@@ -113,30 +114,33 @@ def _gradient_of_queries(
       plgpu.barrier_wait(own_full.at[w])
 
       def step(masked: bool, t, sums):
-        dq, *seen = sums
+        products, dq, *seen = sums
         q_tile, grad_tile = anew(w, q_tiles, grad_tiles)
-        (k_tile, k_facts), (v_tile,) = tiles_of(k_ring, t), tiles_of(v_ring, t)
-        pairs = [(q_tile, k_tile), (grad_tile, v_tile)]
-        products = unit.products(pairs, meanwhile=turns.give)
-        free(v_ring, t)
+        (k_tile, k_facts), (v_tile,) = tiles_of(k_ring, t), wait(v_ring, t)
         tiles = unit.operands_at(operand_refs, layout, b, n, mine, here.tile(t), numbers)
         facts = unit.facts(q_facts, unit.side(k_facts, COLUMN), b, n, tiles, origin=origin)
-        pull = _pulled(algebra, unit, masked, facts, moving, told, axis=0)
-        _, products, moved = pull(*products)
+        forth, back = _pulled(algebra, unit, masked, facts, moving, told, axis=0)
+        work = lambda: forth(products)
+        cotangents, (_, saved) = unit.product_beside(grad_tile, v_tile, work)
+        free(v_ring, t)
+        products, moved = back(saved, cotangents)
+        ready(t + 1, t + 1 < here.visits, k_ring)
+        (following, _), terms = tiles_of(k_ring, t + 1), [(dq, products.astype(q.dtype), k_tile)]
         turns.take()
-        after = lambda: ready(t + 1, here.visits, k_ring, v_ring)
-        dq = unit.add(dq, products.astype(q_tile.dtype), k_tile, meanwhile=after)
+        (dq,), products = unit.sums(terms, (q_tile, following), meanwhile=turns.give)
         free(k_ring, t)
-        return dq, *(x + jnp.sum(y, axis=1) for x, y in zip(seen, moved, strict=True))
+        return products, dq, *(x + jnp.sum(y, axis=1) for x, y in zip(seen, moved, strict=True))
 
-      sums = unit.full((bq, H), 0.0, TILE), *(unit.full((bq,), 0.0, ROW) for _ in tables)
-      ready(0, here.visits, k_ring, v_ring)
       turns.begin()
-      dq_tile, *seen = _visit(step, here, sums, kinds)
-      turns.end()
+      k_tile, _ = wait(k_ring, 0)
+      turns.take()
+      products = unit.product(q_tile, k_tile, meanwhile=turns.give)
+      sums = unit.full((bq, H), 0.0, TILE), *(unit.full((bq,), 0.0, ROW) for _ in tables)
+      _, dq_tile, *seen = _visit(step, here, (products, *sums), kinds)
       write((q_tile, dq_tile, dq.at[b, mine, n]))
       for ref, x in zip(tables, seen, strict=True):
         ref[b, n, mine] = x
+      turns.end()
 
   out, *tables = run(
     kernel, "attnx_gradient_of_queries", B * N * lines, W,
@@ -190,6 +194,7 @@ def gradient_of_keys(
   """
   _check(q, k, v, grad, operands)
   (B, T, N, H), (_, S, K, V) = q.shape, v.shape
+  kinds = somewhere(kinds, -2)
   (_, length, lines), plan, unit = kinds.shape, lists(kinds, by_key=True), Warpgroup(interpret)
   bs, bt, W, stages = blocks.q, blocks.k, blocks.warpgroups, blocks.stages
   apart, group, line_size = H + V > WIDE, N // K, keys_of_line(blocks, H, V)
@@ -225,7 +230,9 @@ def gradient_of_keys(
   ):  # fmt: skip
     operand_refs, (q, k, v, rows, grad, dk, dv) = refs[: len(operands)], refs[len(operands) :]
     w = lax.axis_index("warpgroup")
-    line_of = lambda: Line.at(order, K, counts, at, bt, group, first=True)
+    line_of = lambda: Line.at(
+      order, lax.axis_index("block"), K, counts, at, bt, group, first=True
+    )  # fmt: skip
 
     @pl.when(w == W)
     def _move():
@@ -268,26 +275,30 @@ def gradient_of_keys(
 
       def both(masked: bool, t, sums):
         """Sums for the keys and values of this warpgroup."""
+        products, dk, dv = sums
         k_tile, v_tile = anew(own, k_tiles, v_tiles)
-        (q_tile, side), (grad_tile, told) = tiles_of(q_ring, t), tiles_of(grad_ring, t)
-        pairs = [(k_tile, q_tile), (v_tile, grad_tile)]
-        products = unit.products(pairs, meanwhile=turns.give)
-        pull = _pulled(algebra, unit, masked, facts_of(t, side), still, told_of(told), axis=1)
-        edited, products, _ = pull(*products)
+        (q_tile, side), (grad_tile, told) = tiles_of(q_ring, t), wait(grad_ring, t)
+        facts = facts_of(t, side)
+        forth, back = _pulled(algebra, unit, masked, facts, still, told_of(told), axis=1)
+        work = lambda: forth(products)
+        cotangents, (edited, saved) = unit.product_beside(v_tile, grad_tile, work)
+        products, _ = back(saved, cotangents)
         edited, products = (x.astype(q_tile.dtype) for x in (edited, products))
+        ready(t + 1, t + 1 < here.visits, q_ring)
+        following, _ = tiles_of(q_ring, t + 1)
         turns.take()
-        after = lambda: ready(t + 1, here.visits, q_ring, grad_ring)
-        sums = _add(unit, zip(sums, (products, edited), (q_tile, grad_tile)), after)
+        terms = [(dv, edited, grad_tile), (dk, products, q_tile)]
+        (dv, dk), products = unit.sums(terms, (k_tile, following), meanwhile=turns.give)
         free(q_ring, t)
         free(grad_ring, t)
-        return sums
+        return products, dk, dv
 
       def added(sums, weights, tile, t, *, first, last):
         """sums + weights tile of the ring `last`, in its turn; the next visit begins at `first`."""
 
         def after():
           turns.give()
-          ready(t + 1, here.visits, first)
+          ready(t + 1, t + 1 < here.visits, first)
 
         turns.take()
         sums = unit.add(sums, weights, tile, meanwhile=after)
@@ -328,8 +339,8 @@ def gradient_of_keys(
         plgpu.barrier_wait(filled)
         products = unit.load(scores, TILE)
         plgpu.barrier_arrive(taken)
-        pull = _pulled(algebra, unit, masked, facts, still, told_of(told), axis=1)
-        _, products, _ = pull(products, cotangents)
+        forth, back = _pulled(algebra, unit, masked, facts, still, told_of(told), axis=1)
+        products, _ = back(forth(products)[1], cotangents)
         free(grad_ring, t)
         return added(dk, products.astype(q_tile.dtype), q_tile, t, first=grad_ring, last=q_ring)
 
@@ -337,15 +348,17 @@ def gradient_of_keys(
       fold = lambda step, sums: _visit(step, here, sums, kinds)
       dk_out, dv_out = dk.at[b, mine, head], dv.at[b, mine, head]
       if not apart:
-        ready(0, here.visits, q_ring, grad_ring)
         turns.begin()
-        dk_tile, dv_tile = fold(both, (zeros(H), zeros(V)))
-        turns.end()
-        return write((k_tile, dk_tile, dk_out), (v_tile, dv_tile, dv_out))
+        q_tile, _ = wait(q_ring, 0)
+        turns.take()
+        products = unit.product(k_tile, q_tile, meanwhile=turns.give)
+        _, dk_tile, dv_tile = fold(both, (products, zeros(H), zeros(V)))
+        write((k_tile, dk_tile, dk_out), (v_tile, dv_tile, dv_out))
+        return turns.end()
 
       @pl.when(w == 0)
       def _():
-        ready(0, here.visits, q_ring)
+        ready(0, here.visits > 0, q_ring)
         dv_tile = fold(values, zeros(V))
         pl.when(here.visits > 0)(lambda: plgpu.barrier_wait(handed[2]))  # values have been read
         turns.take()
@@ -353,7 +366,7 @@ def gradient_of_keys(
 
       @pl.when(w == 1)
       def _():
-        ready(0, here.visits, grad_ring)
+        ready(0, here.visits > 0, grad_ring)
         turns.give()
         write((k_tile, fold(keys, zeros(H)), dk_out))
 
@@ -449,7 +462,9 @@ def gradient_of_pairs(
         q_tiles, grad_tiles, k_tile, v_tile = wait(tiles, t)
         products = unit.products([(q_tiles.at[w], k_tile), (grad_tiles.at[w], v_tile)])
         free(tiles, t)
-        *_, (found,) = _pulled(algebra, unit, True, facts, moving, told, axis=0)(*products)
+        scores, cotangents = products
+        forth, back = _pulled(algebra, unit, True, facts, moving, told, axis=0)
+        _, (found,) = back(forth(scores)[1], cotangents)
         return sums + (jnp.sum(found, axis=1) if of_row else found)
 
       sums = unit.full((bq,), 0.0, ROW) if of_row else unit.full((bq, bk), 0.0, TILE)
@@ -487,21 +502,6 @@ def _check(q, k, v, grad, operands) -> None:
   assert all(x.ndim == 4 for x in operands), [x.shape for x in operands]
 
 
-def _add(unit: Warpgroup, terms, meanwhile: Callable) -> tuple:
-  """acc + a b for each (acc, a, b), started one after the other; `meanwhile` runs once all are."""
-  accs, *operands = zip(*terms)
-  if unit.interpret:
-    meanwhile()
-    return tuple(unit.add(*term) for term in zip(accs, *operands))
-
-  def run(sums):
-    for acc, a, b in zip(sums, *operands):
-      plgpu.wgmma(acc, a, b)
-    meanwhile()
-
-  return pl.run_state(run)(tuple(plgpu.ACC.init(acc) for acc in accs))
-
-
 def _visit(step: Callable, here: Line, sums, kinds):
   """step(masked, t, sums) for the visits of a line, without masks for the first `full`."""
   whole_occurs, some_occurs = occurring(kinds)
@@ -515,16 +515,16 @@ def _visit(step: Callable, here: Line, sums, kinds):
 def _pulled(
   algebra: Algebra, unit: Warpgroup, masked: bool, facts: Facts, moving: Sequence[bool], told,
   *, axis: int,
-) -> Callable:  # fmt: skip
-  """Products and cotangents of the weights that read, to those weights and the cotangents of both.
+) -> tuple[Callable, Callable]:  # fmt: skip
+  """Products to the weights that read values, and what pulls cotangents of those weights back.
 
   Args:
     told: origin and slope of the queries, which lie along `axis` of the tile.
     moving: which operands have a cotangent.
 
   Returns:
-    A function (products, cotangents) -> (edited weights, cotangents of products, and a list of
-    those of the operands, tiles each).
+    A function products -> (edited weights, what is saved of it), and a function of what is saved
+    and cotangents -> cotangents of products, and a list of those of the operands, tiles each.
   """
 
   def weights(products, moved, origin):
@@ -535,17 +535,20 @@ def _pulled(
     w = algebra.weigh(scores, seen, origin)
     return jnp.abs(w) if algebra.signed else w, algebra.edit(w, of)
 
-  def pull(products, cotangents):
-    shape = products.shape
-    origin, slope = (unit.wide(x, shape, axis) for x in told)
-    moved = [jnp.broadcast_to(x, shape) for x, m in zip(facts.operands, moving, strict=True) if m]
+  wide = lambda x, like: unit.wide(x, like.shape, axis)
 
-    def both(products, moved, origin, slope, cotangents):
+  def forth(products):
+    def weighed(products, moved, origin):
       (_, edited), back = jax.vjp(lambda *of: weights(*of, origin), products, moved)
-      products, moved = back((slope, cotangents))
-      return edited, products, *moved
+      return edited, back
 
-    edited, products, *moved = inlined(both)(products, moved, origin, slope, cotangents)
-    return edited, products, [unit.cast(x, TILE) for x in moved]
+    of = (x for x, m in zip(facts.operands, moving, strict=True) if m)
+    spread = [jnp.broadcast_to(x, products.shape) for x in of]
+    return inlined(weighed)(products, spread, wide(told[ORIGIN], products))
 
-  return pull
+  def back(saved, cotangents):
+    pulled = inlined(lambda saved, *of: saved(of))
+    products, moved = pulled(saved, wide(told[SLOPE], cotangents), cotangents)
+    return products, [unit.cast(x, TILE) for x in moved]
+
+  return forth, back

@@ -18,12 +18,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.algebra import FLOOR, Algebra, Facts, Side
 from pallas_kernels.decoding import Call, Partials, check_beside, packed, planned, scales
 from pallas_kernels.gpu import decode_call
 from pallas_kernels.gpu.decode_call import FIELDS, PIECE, STORED, Cut, Operands
-from pallas_kernels.gpu.tiles import COLUMN, ROW, TILE, Warpgroup, inlined, smem, swizzle_of, whole
+from pallas_kernels.gpu.tiles import (
+  COLUMN, COMPILER, ROW, TILE, Warpgroup, inlined, smem, swizzle_of, whole,
+)  # fmt: skip
 from pallas_kernels.products import dot
 from pallas_kernels.visits import Operand
 
@@ -87,14 +90,14 @@ def decode(
   slots = jax.ShapeDtypeStruct((1, FIELDS, call.S), jnp.int32) if k_side is None else k_side
   check_beside(call, q_side, slots, operands, layout, kinds, pages, lengths)
   (k_head, k_token), (v_head, v_token) = (scales(call, x) for x in (k_scale, v_scale))
-  lengths = jnp.full(call.B, call.S) if lengths is None else jnp.clip(lengths, 0, call.S)
-  order, counts = decode_call.dealt(planned(call, kinds, lengths), in_order=kinds is None)
+  ends: Any = np.full(call.B, call.S) if lengths is None else jnp.clip(lengths, 0, call.S)
+  order, counts = decode_call.dealt(planned(call, kinds, ends), in_order=kinds is None)
   along = functools.partial(
     decode_call.aligned, length=call.tiles * call.block, interpret=interpret
   )
   extent = 0 if call.page else call.tiles * call.block
   given = Operands(
-    lengths.astype(jnp.int32), counts, order, pages, k_head,
+    ends.astype(np.int32), counts, order, pages, k_head,
     q_rows=decode_call.standing(call, q_side), k_side=along(k_side),
     beside=tuple(
       decode_call.beside(call, x, kind, packed(call, x))
@@ -210,7 +213,7 @@ def _run(call: Call, given: Operands, algebra: Algebra, full: bool, interpret):
     grid_names=("row", "split", "head"),
     num_threads=2,
     thread_name="warpgroup",
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    compiler_params=COMPILER,
     interpret=interpret,
     kernel_name="attnx_decode",
   )(*inputs)
@@ -554,7 +557,7 @@ def _store(wg: Warpgroup, ref: Any, piece, x: jax.Array) -> None:
   if wg.interpret:
     ref[:, piece] = x.T
     return
-  turned = plgpu.transpose_ref(ref.at[:, piece], (1, 0))
+  turned = ref.at[:, piece].T
   turned[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
@@ -562,7 +565,7 @@ def _add(wg: Warpgroup, acc: jax.Array, values: Any, weights: Any) -> jax.Array:
   """acc + v^T w^T; acc (V, rows), v (block, V) and w (rows, block) in swizzled shared memory."""
   if wg.interpret:
     return acc + dot(values[...], weights[...], (0, 1))
-  turn = lambda ref: plgpu.transpose_ref(ref, (1, 0))
+  turn = lambda ref: ref.T
   return pl.run_state(lambda sums: plgpu.wgmma(sums, turn(values), turn(weights)))(
     plgpu.ACC.init(acc)
   )

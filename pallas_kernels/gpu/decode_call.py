@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import pallas as pl
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.algebra import Side
 from pallas_kernels.decoding import Call
@@ -167,19 +168,20 @@ def cut_of(call: Call, q: jax.Array, k: jax.Array, beside: int) -> Cut:
   return Cut(rows, lines, min(stages, 8))
 
 
-def dealt(kinds: jax.Array, in_order: bool) -> tuple[jax.Array | None, jax.Array]:
+def dealt(kinds: Any, in_order: bool) -> tuple[Any, Any]:
   """The tiles of each row in the order of their visits, and how many are FULL and not EMPTY.
 
   Args:
-    kinds: (B, tiles) int32.
+    kinds: (B, tiles) int32, NumPy or traced.
     in_order: promises that tiles are PARTIAL up to some, and EMPTY from there on.
 
   Returns:
     (B, tiles) int32, FULL ones first, or None if they come in order; (B, 2) int32.
   """
-  order = None if in_order else jnp.argsort(-kinds, axis=1, stable=True).astype(jnp.int32)
-  counts = jnp.stack([(kinds == FULL).sum(1), (kinds > EMPTY).sum(1)], axis=1)
-  return order, counts.astype(jnp.int32)
+  xp: Any = np if isinstance(kinds, np.ndarray) else jnp
+  order = None if in_order else xp.argsort(-kinds, axis=1, stable=True).astype(np.int32)
+  counts = xp.stack([(kinds == FULL).sum(1), (kinds > EMPTY).sum(1)], axis=1)
+  return order, counts.astype(np.int32)
 
 
 def standing(call: Call, q_side: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ One warpgroup moves tiles through rings in shared memory; the others multiply.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,14 +15,14 @@ import jax.experimental.pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_kernels.gpu.tiles import Order
+from pallas_kernels.gpu.tiles import COMPILER, Order
 from pallas_kernels.varying import varying
 
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 24)}  # of those that multiply, and that move
 
 
 class Line(NamedTuple):
-  """The line that a block of the grid works on, and what it visits.
+  """A line that a block of the grid works on, and what it visits.
 
   Each warpgroup finds it for itself: the one that moves tiles has no registers to keep it in.
 
@@ -43,14 +44,21 @@ class Line(NamedTuple):
   group: int
 
   @classmethod
-  def at(cls, order: Order, heads: int, counts, tiles, size, group=1, *, first=False) -> Line:
-    """That of this block of the grid; those that come `first` are the longest, or the last."""
-    bn, line = order.at(lax.axis_index("block"))
+  def at(
+    cls, order: Order, number: Any, heads: int, counts, tiles, size, group=1, *, first=False
+  ) -> Line:
+    """The line of that number; those that come `first` are the longest, or the last."""
+    bn, line = order.at(number)
     line = order.lines - 1 - line if first else line
     b, n = lax.div(bn, jnp.int32(heads)), lax.rem(bn, jnp.int32(heads))
     own = 0 if counts.shape[0] == 1 else b
     full, some = (counts[own, line, c] * group for c in range(2))
     return cls(b, n, line, full, full + some, tiles, size, group)
+
+  @property
+  def numbers(self) -> tuple:
+    """All of it that is known at run time only."""
+    return self.b, self.n, self.line, self.full, self.visits
 
   def of(self, ref):
     """The index in an array whose first axis is the batch, or one."""
@@ -100,10 +108,10 @@ def drain(visits, *rings) -> None:
     pl.loop(last, visits)(lambda t: plgpu.barrier_wait(ring[2].at[_slot(ring, t)]))
 
 
-def ready(t, visits, *rings) -> None:
+def ready(t, exists, *rings) -> None:
   """Waits until the tiles of visit t are there, if there is such a visit."""
 
-  @pl.when(t < visits)
+  @pl.when(exists)
   def _():
     for ring in rings:
       plgpu.barrier_wait(ring[1].at[_slot(ring, t)])
@@ -127,7 +135,8 @@ def free(ring, t) -> None:
 class Turns(NamedTuple):
   """Warpgroups that start products in turn, so that one multiplies while others weigh.
 
-  A turn of a warpgroup is from the sums of a visit to the products of the next.
+  A turn of a warpgroup is from the sums of a visit to the products of the next. All `take` as many
+  as they `give`, between `begin` and `end`.
   """
 
   barriers: Any
@@ -144,10 +153,9 @@ class Turns(NamedTuple):
 
   def begin(self) -> None:
     pl.when(self.w == self.warpgroups - 1)(self.give)
-    self.take()
 
   def end(self) -> None:
-    pl.when(self.w < self.warpgroups - 1)(self.give)
+    pl.when(self.w == 0)(self.take)
 
 
 def anew(index, *tiles) -> list:
@@ -166,7 +174,7 @@ def write(*outs) -> None:
   plgpu.commit_smem()
   for tile, _, place in outs:
     plgpu.copy_smem_to_gmem(tile, place)
-  plgpu.wait_smem_to_gmem(0)
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def digits(number, sizes: Sequence[int]) -> list:
@@ -189,7 +197,7 @@ def run(kernel, name: str, blocks: int, warpgroups: int, outs, scratch, interpre
     num_threads=warpgroups + 1,
     thread_name="warpgroup",
     scratch_types=scratch,
-    compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    compiler_params=dataclasses.replace(COMPILER, reduction_scratch_bytes=0),
     interpret=interpret or None,
     kernel_name=name,
   )(*arrays)

@@ -1,8 +1,9 @@
 """Streaming attention on Hopper GPUs: a fold over tiles of keys.
 
-One warpgroup moves tiles of keys and values through a ring in shared memory; the others multiply,
+One warpgroup moves tiles of keys and values through rings in shared memory; the others multiply,
 each with queries of its own. They take turns at the tensor cores, so that one multiplies while the
-others weigh.
+others weigh; in a turn a tile of values is added, and without a pause the next tile of keys
+multiplied, at the end of a line with the queries of the next.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.algebra import FLOOR, Algebra, Facts
-from pallas_kernels.gpu.rings import REGISTERS, run
+from pallas_kernels.gpu.rings import (
+  REGISTERS, Line, Turns, drain, fill, free, ready, ring, run, tiles_of, wait, write,
+)  # fmt: skip
 from pallas_kernels.gpu.tiles import (
-  COLUMN, ROW, TILE, Blocks, Order, Warpgroup, inlined, lists, smem, whole,
+  COLUMN, ROW, SHARED, TILE, Blocks, Order, Warpgroup, eights, inlined, lists, smem, somewhere,
+  whole,
 )  # fmt: skip
 from pallas_kernels.visits import Operand, occurring
 
 F32 = jnp.float32
-MASS, PEAK, COUNT = range(3)  # rows of the statistics that `forward` returns
+SIZE, COUNT = range(2)  # rows of the statistics that `forward` returns
 
 
 def forward(
@@ -42,7 +46,10 @@ def forward(
   blocks: Blocks = Blocks(),
   interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """sum_j w_j v_j of every query over its visible keys, and what it was measured by.
+  """sum_j w_j v_j of every query over its visible keys, and by what it was measured.
+
+  Where the algebra has peaks, the output is divided by the mass, sum_j |w_j|, of which the
+  logarithm is returned: nothing of float32 goes to memory that is as large as the output.
 
   Nothing is copied to fill up tiles: tokens past the end read as zeros, and `kinds` calls no tile
   FULL that has some.
@@ -60,8 +67,10 @@ def forward(
     interpret: emulate on CPU, for tests: `InterpretGPUParams`.
 
   Returns:
-    out (B, T, N, V) float32, and statistics (B, N, 3, T) float32 with rows MASS, PEAK and COUNT;
-    the peak is 0 where the algebra has none.
+    out (B, T, N, V) and statistics (B, N, 2, T) float32 with rows SIZE and COUNT. Of an algebra
+    that has peaks, out is divided by the mass and in the dtype of q, 0 where nothing was seen, and
+    SIZE is the logarithm of the mass, in the unit of peaks, -inf where nothing was seen. Otherwise
+    out is float32 and SIZE the mass.
   """
   (B, T, N, H), (_, S, K, V) = q.shape, v.shape
   _, lines, length = kinds.shape
@@ -69,131 +78,136 @@ def forward(
   rows, columns = lines * blocks.line, length * bk
   assert k.shape == (B, S, K, H) and N % K == 0, (q.shape, k.shape, v.shape)
   assert q_side.shape[2] == rows >= T and k_side.shape[2] == columns >= S, (T, S, blocks)
+  kinds = somewhere(kinds)
   plan, unit = lists(kinds), Warpgroup(interpret)
   whole_occurs, some_occurs = occurring(kinds)
   order = Order.of(B * N, lines, S * (H + V) * q.dtype.itemsize * K // N)
   one = all(x.shape[2:] == (1, 1) for x in operands)
+  divided = algebra.height is not None
   visit = functools.partial(_visit, unit=unit, algebra=algebra)
+  tile = functools.partial(smem, dtype=q.dtype)
+  size = (W * bq * H + stages * bk * (H + V)) * q.dtype.itemsize
+  ahead = 2 if size + W * bq * H * q.dtype.itemsize <= SHARED else 1  # lines whose queries fit
+  staged = divided and V == H and ahead > 1  # out leaves by way of the queries that it answers
 
-  def kernel(at, counts, q_side, k_side, *refs, q_tiles, k_tiles, v_tiles, k_sides, **barriers):
+  def kernel(numbers, shares, at, counts, q_side, k_side, *refs, q_ring, k_ring, v_ring, turn):
     *operand_refs, q, k, v, out, stats = refs
-    k_full, v_full, k_free, v_free = (barriers[x] for x in ("k_full", "v_full", "k_free", "v_free"))
-    q_full, turn = barriers["q_full"], barriers["turn"]
-    w = lax.axis_index("warpgroup")
-    bn, line = order.at(lax.axis_index("block"))
-    b, n = lax.div(bn, jnp.int32(N)), lax.rem(bn, jnp.int32(N))
-    of = lambda ref: 0 if ref.shape[0] == 1 else b
-    full = counts[of(counts), line, 0]
-    total = full + counts[of(counts), line, 1]
-    slot_of = lambda t: lax.rem(t, jnp.int32(stages))
-    keys_of = lambda t: pl.ds(pl.multiple_of(at[of(at), line, t] * bk, bk), bk)
+    w, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+    line_of = lambda i: Line.at(order, numbers[block, i], N, counts, at, bk)
+    own = shares[block]
 
     @pl.when(w == W)
     def _move():
       plgpu.set_max_registers(REGISTERS[W][1], action="decrease")
-      head = lax.div(n, jnp.int32(N // K))
 
-      def move(t, again: bool):
-        slot, keys = slot_of(t), keys_of(t)
-        if again:
-          plgpu.barrier_wait(k_free.at[slot])
-        plgpu.copy_gmem_to_smem(k.at[b, keys, head], k_tiles.at[slot], k_full.at[slot])
-        if again:
-          plgpu.barrier_wait(v_free.at[slot])
-        plgpu.copy_gmem_to_smem(
-          k_side.at[of(k_side), :, keys], k_sides.at[slot], k_full.at[slot]
-        )
-        plgpu.copy_gmem_to_smem(v.at[b, keys, head], v_tiles.at[slot], v_full.at[slot])
+      def move(i, before):
+        here = line_of(i)
+        b, head = here.b, lax.div(here.n, jnp.int32(N // K))
 
-      pl.loop(0, lax.min(total, stages))(lambda t: move(t, False))
-      pl.loop(stages, total)(lambda t: move(t, True))
+        @pl.loop(0, here.visits)
+        def _(t):
+          fill(k_ring, before + t, k.at[b, here.tile(t), head])
 
-      @pl.loop(lax.max(total - stages, 0), total)
-      def _drain(t):
-        plgpu.barrier_wait(k_free.at[slot_of(t)])
-        plgpu.barrier_wait(v_free.at[slot_of(t)])
+          @pl.when(t == 0)
+          def _():
+            mine = [pl.ds(here.line * blocks.line + c * bq, bq) for c in range(W)]
+            fill(q_ring, i, [q.at[b, rows, here.n] for rows in mine])
+
+          at = here.tile(t)
+          fill(v_ring, before + t, v.at[b, at, head], k_side.at[here.of(k_side), :, at])
+
+        return before + here.visits
+
+      visits = lax.fori_loop(0, own, move, jnp.int32(0))
+      drain(own, q_ring)
+      drain(visits, k_ring, v_ring)
 
     @pl.when(w < W)
     def _multiply():
       plgpu.set_max_registers(REGISTERS[W][0], action="increase")
-      mine = pl.ds(line * blocks.line + w * bq, bq)
-      q_tile = q_tiles.at[w]
-      plgpu.copy_gmem_to_smem(q.at[b, mine, n], q_tile, q_full.at[w])
-      q_facts = unit.side(q_side.at[of(q_side), :, mine], ROW)
-      origin = unit.origin(q_side.at[of(q_side), :, mine])
-      numbers = unit.numbers(operand_refs, b, n)
+      turns = Turns(turn, w, W)
 
-      def give_turn():
-        if W > 1:
-          plgpu.barrier_arrive(turn.at[lax.rem(w + 1, jnp.int32(W))])
+      def multiply(i, carry):
+        before, line, products = carry
+        here, following = Line(*line, at, bk, 1), line_of(jnp.minimum(i + 1, own - 1))
+        b, n, mine = here.b, here.n, pl.ds(here.line * blocks.line + w * bq, bq)
+        q_facts = unit.side(q_side.at[here.of(q_side), :, mine], ROW)
+        origin = unit.origin(q_side.at[here.of(q_side), :, mine])
+        numbers = unit.numbers(operand_refs, b, n)
 
-      def take_turn():
-        if W > 1:
-          plgpu.barrier_wait(turn.at[w])
+        def step(masked: bool, t, carry):
+          """Adds the values of a visit, and multiplies for the next, maybe of another line."""
+          products, acc, *seen = carry
+          last = t + 1 == here.visits
+          follows = jnp.logical_not(last) | (i + 1 < own)
+          if ahead == 1:
+            pl.when(last)(lambda: free(q_ring, i))
+          v_tile, k_facts = wait(v_ring, before + t)
+          keys = pl.ds(0, bk) if one else here.tile(t)
+          tiles = unit.operands_at(operand_refs, layout, b, n, mine, keys, numbers)
+          facts = unit.facts(q_facts, unit.side(k_facts, COLUMN), b, n, tiles, origin=origin)
+          weigh = inlined(lambda *of: visit(*of, facts=facts, masked=masked))
+          weights, factor, seen = weigh(products, seen)
+          if factor is not None:
+            acc = acc * unit.wide(factor, acc.shape)
+          weights = weights.astype(v.dtype)
+          acc, weights, *seen = lax.optimization_barrier((acc, weights, *seen))
+          ready(before + t + 1, follows, k_ring)
+          ready(i + 1, last & follows, q_ring)
+          (q_tiles,), (k_tile,) = (
+            tiles_of(q_ring, i + last.astype(jnp.int32)), tiles_of(k_ring, before + t + 1)
+          )  # fmt: skip
+          turns.take()
+          pair = q_tiles.at[w], k_tile
+          (acc,), products = unit.sums([(acc, weights, v_tile)], pair, meanwhile=turns.give)
+          free(v_ring, before + t)
+          pl.when(follows)(lambda: free(k_ring, before + t + 1))
+          return products, acc, *seen
 
-      def step(masked: bool, t, carry):
-        acc, *seen = carry
-        slot = slot_of(t)
-        products = unit.product(q_tile, k_tiles.at[slot], meanwhile=give_turn)
-        plgpu.barrier_arrive(k_free.at[slot])
-        keys = pl.ds(0, bk) if one else keys_of(t)
-        tiles = unit.operands_at(operand_refs, layout, b, n, mine, keys, numbers)
-        facts = unit.facts(q_facts, unit.side(k_sides.at[slot], COLUMN), b, n, tiles, origin=origin)
-        weigh = inlined(lambda *of: visit(*of, facts=facts, masked=masked))
-        weights, factor, seen = weigh(products, seen)
-        if factor is not None:
-          acc = acc * unit.wide(factor, acc.shape)
-        weights = weights.astype(v.dtype)
-        acc, weights, *seen = lax.optimization_barrier((acc, weights, *seen))
-        plgpu.barrier_wait(v_full.at[slot])
-        take_turn()
+        statistic = functools.partial(unit.full, (bq,), layout=ROW)
+        carry = (
+          products, unit.full((bq, V), 0.0, TILE), statistic(0.0),
+          statistic(-jnp.inf if divided else 0.0),
+          statistic(here.full * bk if algebra.counts else 0.0),
+        )  # fmt: skip
+        if whole_occurs:
+          carry = lax.fori_loop(0, here.full, functools.partial(step, False), carry)
+        if some_occurs:
+          carry = lax.fori_loop(here.full, here.visits, functools.partial(step, True), carry)
+        products, acc, mass, peak, count = carry
+        if divided:
+          acc = acc * unit.wide(1.0 / jnp.where(mass > 0.0, mass, 1.0), acc.shape)
+          mass = peak + jnp.log(mass) * (1 / algebra.base)
+        stats[b, n, SIZE, mine] = mass
+        stats[b, n, COUNT, mine] = count
+        if staged:
+          write((tiles_of(q_ring, i)[0].at[w], acc, out.at[b, mine, n]))
+        else:
+          out[b, mine, n] = acc.astype(out.dtype)
+        if ahead > 1:
+          free(q_ring, i)
+        return before + here.visits, following.numbers, products
 
-        def next_keys():
-          ahead = t + 1
-          pl.when(ahead < total)(lambda: plgpu.barrier_wait(k_full.at[slot_of(ahead)]))
+      turns.begin()
+      (q_tiles,), (k_tile,) = wait(q_ring, 0), wait(k_ring, 0)
+      turns.take()
+      products = unit.product(q_tiles.at[w], k_tile, meanwhile=turns.give)
+      free(k_ring, 0)
+      lax.fori_loop(0, own, multiply, (jnp.int32(0), line_of(0).numbers, products))
+      turns.end()
 
-        acc = unit.add(acc, weights, v_tiles.at[slot], meanwhile=next_keys)
-        plgpu.barrier_arrive(v_free.at[slot])
-        return acc, *seen
-
-      pl.when(w == W - 1)(give_turn)
-      plgpu.barrier_wait(q_full.at[w])
-      pl.when(total > 0)(lambda: plgpu.barrier_wait(k_full.at[0]))
-      take_turn()
-      statistic = functools.partial(unit.full, (bq,), layout=ROW)
-      lowest = 0.0 if algebra.height is None else -jnp.inf
-      carry = (
-        unit.full((bq, V), 0.0, TILE), statistic(0.0), statistic(lowest),
-        statistic(full * bk if algebra.counts else 0.0),
-      )  # fmt: skip
-      if whole_occurs:
-        carry = lax.fori_loop(0, full, functools.partial(step, False), carry)
-      if some_occurs:
-        carry = lax.fori_loop(full, total, functools.partial(step, True), carry)
-      pl.when(w < W - 1)(give_turn)
-      acc, *seen = carry
-      out[b, mine, n] = acc
-      for row, x in zip((MASS, PEAK, COUNT), seen, strict=True):
-        stats[b, n, row, mine] = x
-
-  ring = functools.partial(plgpu.Barrier, num_barriers=stages)
   out, stats = run(
-    kernel, "attnx_forward", B * N * lines, W,
-    [((B, rows, N, V), F32), ((B, N, 3, rows), F32)],
+    kernel, "attnx_forward", order.blocks, W,
+    [((B, eights(T) if staged and not interpret else rows, N, V), q.dtype if divided else F32),
+     ((B, N, 2, rows), F32)],
     dict(
-      q_tiles=smem(W, bq, H, dtype=q.dtype),
-      k_tiles=smem(stages, bk, H, dtype=k.dtype),
-      v_tiles=smem(stages, bk, V, dtype=v.dtype),
-      k_sides=plgpu.SMEM((stages, 3, bk), jnp.int32),
-      q_full=plgpu.Barrier(num_barriers=W),
-      k_full=ring(num_arrivals=2),
-      v_full=ring(),
-      k_free=ring(num_arrivals=W),
-      v_free=ring(num_arrivals=W),
+      q_ring=ring(tile(ahead, W, bq, H), readers=W, arrivals=W),
+      k_ring=ring(tile(stages, bk, H), readers=W),
+      v_ring=ring(tile(stages, bk, V), plgpu.SMEM((stages, 3, bk), jnp.int32), readers=W),
       turn=plgpu.Barrier(num_barriers=W),
     ),
     interpret,
-    *plan, q_side, k_side, *operands,
+    *order.shares(plan.counts.sum(-1)), *plan, q_side, k_side, *operands,
     whole(q, rows, 1, interpret), whole(k, columns, 1, interpret), whole(v, columns, 1, interpret),
   )  # fmt: skip
   return out[:, :T], stats[..., :T]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import heapq
 from typing import Any, NamedTuple
 
 import jax
@@ -23,11 +24,13 @@ from pallas_kernels.algebra import Facts, Side
 from pallas_kernels.blocks import table
 from pallas_kernels.products import dot
 from pallas_kernels.scaled import evaluated
-from pallas_kernels.visits import EMPTY, FULL, Operand
+from pallas_kernels.visits import EMPTY, FULL, PARTIAL, Operand
 
 ROWS = 64  # of an instruction that multiplies
 WIDTH = 256  # columns of one, at most
 CACHE = 32 * 2**20  # bytes of keys and values to be read by blocks that run at once
+PROCESSORS = 132  # of an H100 or H200, each of which runs one block
+SHARED = 225 * 1024  # bytes of shared memory that tiles may take
 CALLS = {"jit": "jaxpr", "custom_jvp_call": "call_jaxpr"}  # and where their programs are
 
 
@@ -87,27 +90,63 @@ def choose(H: int, V: int, dtype: Any, chip: str = "h100") -> Chosen:
 
 
 class Order(NamedTuple):
-  """Which block of the grid works on which head and line; each is `together` heads, then lines.
+  """In what order the lines of all heads are worked on: `together` heads, then their lines.
 
   The last lines, which see most where masks are causal, come first, and heads whose keys fit in
   the cache of the chip at once run side by side.
   """
 
-  together: int
+  heads: int
   lines: int
+  together: int
+
+  @property
+  def blocks(self) -> int:
+    """Of a grid each of which works on one line after the other."""
+    return min(self.heads * self.lines, PROCESSORS)
 
   @classmethod
   def of(cls, heads: int, lines: int, size: int) -> Order:
     """For so many heads, each of which reads `size` bytes of keys and values."""
     most = max(1, CACHE // max(1, size))
-    return cls(max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most), lines)
+    together = max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
+    return cls(heads, lines, together)
 
-  def at(self, block: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Number of the head, over the batch too, and of the line."""
-    together, chunk = jnp.int32(self.together), jnp.int32(self.together * self.lines)
-    within = lax.rem(block, chunk)
-    head = lax.div(block, chunk) * together + lax.rem(within, together)
-    return head, self.lines - 1 - lax.div(within, together)
+  def at(self, number: Any) -> tuple[Any, Any]:
+    """The head, over the batch too, and the line that are worked on as so manieth."""
+    known = isinstance(number, np.ndarray)
+    div, rem = (np.floor_divide, np.remainder) if known else (lax.div, lax.rem)
+    together, chunk = np.int32(self.together), np.int32(self.together * self.lines)
+    within = rem(number, chunk)
+    head = div(number, chunk) * together + rem(within, together)
+    return head, self.lines - 1 - div(within, together)
+
+  def shares(self, visits: Any) -> tuple[Any, Any]:
+    """The numbers that each block works on, (blocks, most), and how many they are, (blocks,).
+
+    Where visits are known, a line goes to the block that is done first with its others. Else two
+    lines for each block at a time are sorted by what they visit, and dealt out there and back.
+
+    Args:
+      visits: (#B, lines) of each line; NumPy or traced.
+    """
+    count, hand = self.heads * self.lines, 2 * self.blocks
+    head, line = self.at(np.arange(count, dtype=np.int32))
+    costs = visits[head * visits.shape[0] // self.heads, line]
+    if isinstance(costs, np.ndarray):
+      loads = [(0, block) for block in range(self.blocks)]
+      found: list[list[int]] = [[] for _ in loads]
+      for number, cost in enumerate(costs.tolist()):
+        load, block = loads[0]
+        heapq.heapreplace(loads, (load + cost + 1, block))  # 1: to begin and to end
+        found[block].append(number)
+      own = np.array([len(mine) for mine in found], np.int32)
+      return np.array([mine + [0] * (own.max() - len(mine)) for mine in found], np.int32), own
+    hands = jnp.pad(costs, (0, -count % hand), constant_values=-1).reshape(-1, hand)  # -1: none
+    dealt = jnp.argsort(-hands, axis=1, stable=True) + hand * np.arange(len(hands))[:, None]
+    dealt = dealt.reshape(-1, 2, self.blocks)
+    dealt = jnp.stack([dealt[:, 0], dealt[:, 1, ::-1]], 1).reshape(-1, self.blocks).T
+    return dealt.astype(np.int32), (dealt < count).sum(1).astype(np.int32)
 
 
 class Lists(NamedTuple):
@@ -137,6 +176,18 @@ def lists(kinds: Any, *, by_key: bool = False) -> Lists:
   return Lists(order.astype(np.int32), xp.stack([full, some], -1).astype(np.int32))
 
 
+def somewhere(kinds: Any, axis: int = -1) -> Any:
+  """The same, but that a line without visible pairs visits its first tile, where all is masked.
+
+  Args:
+    kinds: (#B, nq, nk).
+    axis: -1 where lines are of queries, -2 where they are of keys.
+  """
+  xp: Any = np if isinstance(kinds, np.ndarray) else jnp
+  first = xp.expand_dims(xp.arange(kinds.shape[axis]) == 0, -1 - axis)
+  return xp.where((kinds == EMPTY).all(axis, keepdims=True) & first, PARTIAL, kinds)
+
+
 def swizzle_of(width: int, dtype: Any = jnp.bfloat16) -> int:
   """Bytes after which rows of so many elements are permuted in shared memory: 128, 64 or 32."""
   size = width * jnp.dtype(dtype).itemsize
@@ -153,6 +204,10 @@ def smem(*shape: int, dtype: Any) -> Any:
 TILE = plgpu.Layout.WGMMA  # (M, N)
 SINGLY = plgpu.Layout._WGMMA_ACC_32BIT  # a tile, none of whose elements lie together
 ALONG = ROW, COLUMN = TILE.reduce(1), TILE.reduce(0)  # (M,), a number of each row, and (N,)
+COMPILER = plgpu.CompilerParams(
+  approx_math=True,
+  lowering_semantics=plgpu.LoweringSemantics.Lane,  # layouts are those told; JAX's default varies
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +238,18 @@ class Warpgroup:
     """a b^T in float32; a (M, H) and b (N, H) in swizzled shared memory."""
     return self.products([(a, b)], meanwhile=meanwhile)[0]
 
+  def product_beside(self, a: Any, b: Any, work: Callable[[], Any]) -> tuple[jax.Array, Any]:
+    """a b^T as in `product`, and what `work` returns, which is done while it is in flight."""
+    if self.interpret:
+      return self.product(a, b), work()
+
+    def run(acc):
+      plgpu.wgmma(acc, a, b.T)
+      done = work()
+      return acc[...], done
+
+    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
+
   def products(
     self, pairs: Sequence[tuple[Any, Any]], *, meanwhile: Callable[[], Any] | None = None
   ) -> list[jax.Array]:
@@ -203,7 +270,7 @@ class Warpgroup:
       (a, b), *rest = pairs
 
       def run(acc):
-        plgpu.wgmma(acc, a, plgpu.transpose_ref(b, (1, 0)))
+        plgpu.wgmma(acc, a, b.T)
         return start(rest, [*sums, acc])
 
       return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
@@ -225,6 +292,34 @@ class Warpgroup:
         meanwhile()
 
     return pl.run_state(run)(plgpu.ACC.init(acc))
+
+  def sums(
+    self, terms: Sequence[tuple[jax.Array, jax.Array, Any]], pair: tuple[Any, Any], *,
+    meanwhile: Callable[[], Any],
+  ) -> tuple[list[jax.Array], jax.Array]:  # fmt: skip
+    """acc + a b of every (acc, a, b) as in `add`, and c d^T of the pair (c, d) as in `product`.
+
+    All are started one after the other, without a pause between; `meanwhile` runs once all are.
+    """
+    if self.interpret:
+      return [self.add(*term) for term in terms], self.product(*pair, meanwhile=meanwhile)
+    (c, d), shape = pair, (pair[0].shape[0], pair[1].shape[0])
+
+    def run(refs):
+      *sums, found = refs
+      for acc, (_, a, b) in zip(sums, terms, strict=True):
+        plgpu.wgmma(acc, a, b)
+
+      def multiply(acc):
+        plgpu.wgmma(acc, c, d.T)
+        meanwhile()
+        found[...] = acc[...]
+
+      pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+
+    accs = [plgpu.ACC.init(acc) for acc, _, _ in terms]
+    *sums, found = pl.run_state(run)((*accs, self.full(shape, 0.0, TILE)))
+    return sums, found
 
   def side(self, ref: Any, layout: Any) -> Side:
     """The fields of tokens from (3, L) in global or shared memory, (L,) each in ROW or COLUMN."""
@@ -290,7 +385,7 @@ class Warpgroup:
       return self.load(ref, TILE)
     if self.interpret:
       return ref[...].T
-    return self.cast(self.load(plgpu.transpose_ref(ref, (1, 0)), SINGLY), TILE)
+    return self.cast(self.load(ref.T, SINGLY), TILE)
 
 
 def _head(ref, b, n) -> tuple:
