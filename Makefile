@@ -26,7 +26,7 @@ test-cuda: .venv-gpu/test
 
 # The contract of every implementation on the GPU at hand.
 test-gpu: .venv-gpu/test
-	.venv-gpu/bin/python -m pytest -m gpu tests/test_gpu.py
+	OPTIMISE=3 .venv-gpu/bin/python -m pytest -m gpu tests/test_gpu.py
 
 lint: .venv/test
 	$(BIN)/python -m flake8 attnx pallas_kernels configs experiments tests

@@ -117,43 +117,61 @@ def test_full_decay_leaves_the_token_alone_and_gradients_finite(kind, kernels):
 def scan_by_definition(tokens, values, state):
   """`chunk_scan.scan` of one head, as it is written."""
   outs = []
-  for c in range(tokens.inside.shape[1]):
-    into, onto = (x[:, 64 * c : 64 * c + 64, 0] for x in tokens[:2])
+  for c in range(tokens.total.shape[1]):
+    q, k = (x[:, 64 * c : 64 * c + 64, 0] for x in tokens[:2])
+    inside = tokens.inside[:, c, 0] * (1 if tokens.read is None else q @ k.mT)
+    read, write = (1 if x is None else x[:, c, 0, :, None] for x in (tokens.read, tokens.write))
     if isinstance(values, chunk_scan.Correction):
       u, p = (x[:, 64 * c : 64 * c + 64, 0] for x in values)
       y = u + p @ state
     else:
       y = values[:, 64 * c : 64 * c + 64, 0]
-    outs.append(into @ state + tokens.inside[:, c, 0] @ y)
-    state = tokens.total[:, c, 0, :, None] * state + onto.mT @ y
+    outs.append(read * (q @ state) + inside @ y)
+    state = tokens.total[:, c, 0, :, None] * state + k.mT @ (write * y)
   return jnp.concatenate(outs, axis=1)[:, :, None], state[:, None]
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-def test_a_ring_of_tiles_goes_round_without_races(corrected):
+@pytest.mark.parametrize("weighs", [False, True])
+def test_a_ring_of_tiles_goes_round_without_races(corrected, weighs):
   random, chunks, dtype = np.random.default_rng(5), 5, jnp.bfloat16  # 5 is more than its stages
   normal = lambda *shape: jnp.asarray(random.normal(size=shape) / 8, dtype)
   token = lambda width: normal(2, 64 * chunks, 1, width)
-  total = jnp.asarray(random.uniform(0.5, 1, size=(1, chunks, 1, H)), jnp.float32)  # rows share it
-  tokens = chunk_scan.Tokens(token(H), token(H), normal(2, chunks, 1, 64, 64), total)
+  between = lambda *shape: jnp.asarray(random.uniform(0.5, 1, size=shape), jnp.float32)
+  tokens = chunk_scan.Tokens(token(H), token(H), normal(2, chunks, 1, 64, 64),
+                             between(1, chunks, 1, H))  # rows share it
+  if weighs:
+    tokens = tokens._replace(read=between(2, chunks, 1, 64), write=between(2, chunks, 1, 64))
   values = chunk_scan.Correction(token(V), token(H)) if corrected else token(V)
   x = (tokens, values, normal(2, 1, H, V).astype(jnp.float32))
-  plan = chunk_scan.Plan(1, InterpretGPUParams(detect_races=True))
+  plan = chunk_scan.Plan(1, InterpretGPUParams(detect_races=True), weighs)
   want = oracle(lambda x: scan_by_definition(x[0], x[1], x[2][:, 0]), x)
   assert_close(with_gradient(lambda x: chunk_scan.scan(*x, plan), x), want, 1e-2)
   assert not gpu_callbacks.get_races().races_found
 
 
-@pytest.mark.parametrize("kind", ["nn", "nt", "tn"])
-def test_products_come_in_blocks_of_columns(kind):
-  random, plan = np.random.default_rng(6), chunk_scan.Plan(2, InterpretGPUParams())
-  normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.bfloat16)
-  a = normal(1, 1, 2, 64, 64) if kind == "tn" else normal(1, 64, 1, 128)
-  b = dict(nn=normal(1, 1, 2, 128, 256), nt=normal(1, 1, 2, 256, 128), tn=normal(1, 64, 2, 256))
-  tile = lambda x: np.moveaxis(np.float64(x), 2, 1) if x.ndim == 4 else np.float64(x)[:, 0]
-  turned = lambda x, how: tile(x).swapaxes(2, 3) if how == "t" else tile(x)
-  got = chunk_scan.products([chunk_scan.Pair(a, b[kind], kind)], plan, dtype=jnp.float32)
-  assert_close(tile(got), turned(a, kind[0]) @ turned(b[kind], kind[1]), 1e-6)
+def corrections_by_definition(keys, values, beta, gamma, overlap, weighs):
+  """`delta_rule.corrections` of one chunk, as it is written."""
+  k, v = (jnp.moveaxis(x, 2, 1)[:, None] for x in (keys, values))
+  lower = jnp.tril(beta[..., None] * overlap * (k @ k.mT if weighs else 1), -1)
+  inverse = jnp.linalg.inv(jnp.eye(64) + lower)
+  back = lambda x: jnp.moveaxis(x[:, 0], 1, 2)
+  return back((inverse * beta[..., None, :]) @ v), back((inverse * gamma[..., None, :]) @ k)
+
+
+@pytest.mark.parametrize("weighs", [False, True])
+def test_systems_are_solved_without_races(weighs):
+  random = np.random.default_rng(7)
+  normal = lambda *shape: jnp.asarray(random.normal(size=shape) / 8, jnp.bfloat16)
+  between = lambda *shape: jnp.asarray(random.uniform(0.2, 1, size=shape), jnp.float32)
+  x = [normal(1, 64, 2, H), normal(1, 64, 2, V), between(1, 1, 2, 64), -between(1, 1, 2, 64)]
+  x.append(between(1, 1, 2, 64, 64).astype(jnp.bfloat16) if weighs else between(1, 1, 2, 64, 64))
+  plan = chunk_scan.Plan(2, InterpretGPUParams(detect_races=True), weighs)
+  scaled = lambda x: x if weighs else [*x[:4], x[4] / 8]
+  want = oracle(lambda x: corrections_by_definition(*scaled(x), weighs), x)
+  got = with_gradient(lambda x: tuple(systems.corrections(*scaled(x), plan)), x)
+  assert_close(got, want, 1e-2)
+  assert not gpu_callbacks.get_races().races_found
 
 
 def test_inverses_are_as_exact_as_bfloat16():
@@ -163,12 +181,11 @@ def test_inverses_are_as_exact_as_bfloat16():
   k /= np.linalg.norm(k, axis=-1, keepdims=True)
   lower = np.tril(k @ k.swapaxes(-1, -2), -1)
   above = jnp.asarray(lower + np.triu(np.ones((64, 64))), jnp.float32)  # is not looked at
-  want = np.linalg.inv(np.eye(64) + lower)
-  found, pull = jax.vjp(lambda x: systems.inverses(x, plan), above)
-  assert_close(found, want, 2.0**-8)
-  g = jnp.asarray(random.normal(size=found.shape), found.dtype)
-  d_lower = -np.tril(want.swapaxes(-1, -2) @ np.float64(g) @ want.swapaxes(-1, -2), -1)
-  assert_close(pull(g)[0], d_lower, 1e-2)
+  one = jnp.broadcast_to(jnp.eye(64, dtype=jnp.bfloat16)[None, :, None], (1, 64, 2, 64))
+  ones = jnp.ones((1, 1, 2, 64), jnp.float32)
+  u, p = systems.corrections(one, one, ones, -ones, above, plan)
+  want = np.moveaxis(np.linalg.inv(np.eye(64) + lower)[:, 0], 1, 2)
+  assert_close((u, p), (want, -want), 2.0**-8)
 
 
 @pytest.mark.parametrize("rule", ["linear", "delta"])
@@ -223,21 +240,21 @@ def case(devices, rule="linear", kind="none", H=128, V=128, more=False, sharded=
   return jax.grad(loss, (0, 2)), [xs, bonus, shape(B, N, H, V, dtype=f32), segment]
 
 
-# Kernels of gradients. Of the linear rule: scores, the walk, the reverse walk, 4 gradients of it,
-# those of q and of k; a vector decay has 1 for the last 2, and is computed again. Of the delta rule
-# besides: scores of keys, the systems, U and P, the last three of which are computed again, 2
-# gradients each of these 4 and 1 more of the reverse walk.
+# Kernels of gradients. Of the linear rule: the walk, the reverse walk and gradients of chunks; a
+# vector decay has besides the scores, which are computed again, and their gradients. Of the delta
+# rule besides: the systems, which are computed again, and their gradients.
 COMPILED = {
-  "linear none": (9, dict()),
-  "linear scalar": (9, dict(kind="scalar", more=True)),
-  "linear vector": (9, dict(kind="vector")),
-  "linear wide": (9, dict(kind="vector", H=256, V=256, more=True)),
-  "linear sharded": (9, dict(kind="scalar", more=True, sharded=True)),
-  "delta none": (25, dict(rule="delta", H=64, V=64)),
-  "delta scalar": (25, dict(rule="delta", kind="scalar", more=True)),
-  "delta vector": (21, dict(rule="delta", kind="vector")),
-  "delta wide": (21, dict(rule="delta", kind="vector", H=256, V=256)),
-  "delta sharded": (21, dict(rule="delta", kind="vector", more=True, sharded=True)),
+  "linear none": (3, dict()),
+  "linear scalar": (3, dict(kind="scalar", more=True)),
+  "linear vector": (6, dict(kind="vector")),
+  "linear wide": (6, dict(kind="vector", H=256, V=256, more=True)),
+  "linear sharded": (3, dict(kind="scalar", more=True, sharded=True)),
+  "delta none": (6, dict(rule="delta", H=64, V=64)),
+  "delta scalar": (6, dict(rule="delta", kind="scalar", more=True)),
+  "delta scalar wide": (6, dict(rule="delta", kind="scalar", H=256, V=256)),
+  "delta vector": (9, dict(rule="delta", kind="vector")),
+  "delta wide": (9, dict(rule="delta", kind="vector", H=256, V=256)),
+  "delta sharded": (9, dict(rule="delta", kind="vector", more=True, sharded=True)),
 }
 
 
@@ -256,9 +273,11 @@ def test_gradients_compile_for_an_h100(compiled, name):
 
 @pytest.mark.cuda
 def test_kernels_hardly_spill(compiled):
-  kernels = [kernel for program in compiled.values() for kernel in program.kernels]
-  assert len(kernels) > len(COMPILED)  # programs share some, which are assembled once
-  assert all(kernel.stored <= 256 for kernel in kernels), kernels
+  kernels = {name: program.kernels for name, program in compiled.items()}
+  assert sum(map(len, kernels.values())) > len(COMPILED)  # programs share some, assembled once
+  for name, found in kernels.items():
+    most = 1280 if name.endswith("wide") else 256  # a state of width 256 fills half the registers
+    assert all(kernel.stored <= most for kernel in found), (name, found)
 
 
 if __name__ == "__main__":

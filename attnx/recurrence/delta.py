@@ -39,7 +39,7 @@ def delta_rule(
     state: S_0, (B, N, H, V); zero if None. It belongs to the segment of the first token.
     segment: (#B, T) integers; where the id changes, the state starts at zero again.
     chunk: tokens handled at once. On a TPU a kernel runs, unless `pallas_tpu.refusal` says why not;
-      64 suits it. Kernels for Hopper GPUs have to be asked for: `kernels.asking`.
+      64 suits it, and the kernels for Hopper GPUs want 64: see `kernels.asking`.
 
   Returns:
     o (B, T, N, V) in the dtype of `v`, and S_T (B, N, H, V) in float32 (float64 if an input is).

@@ -45,7 +45,7 @@ def linear_attention(
     chunk: tokens handled at once. Scores are B N chunk^2; where the decay varies along H, there is
       B N chunk^2 H / 16 besides. On a TPU a kernel runs, which keeps them in fast memory, unless
       `pallas_tpu.refusal` says why not; 128 suits it, or 64 where the decay varies along H. Kernels
-      for Hopper GPUs want 64, and to be asked for: `kernels.asking`.
+      for Hopper GPUs want 64: see `kernels.asking`.
 
   Returns:
     o (B, T, N, V) in the dtype of `v`, and S_T (B, N, H, V) in float32 (float64 if an input is).

@@ -1,10 +1,11 @@
 """Recurrences in kernels for Hopper GPUs: states from chunk to chunk, and products within chunks.
 
-Kernels make the scores of all chunks, solve the systems of the delta rule, carry the states, and
-make outputs, and so in reverse. XLA does what is elementwise: decays of tokens that are alike
-along a head, masks, documents, a bonus. A gradient keeps the states that enter chunks, in
-bfloat16, and the corrections of the delta rule; the rest it computes again. `jax.jvp` and second
-derivatives do not go through. Nothing here was measured yet.
+A kernel carries the states and makes scores and outputs as it goes, and so in reverse; others
+solve the systems of the delta rule, make scores whose decay varies along the width, and gradients
+within chunks, of all chunks at once. XLA does what is small: decays of tokens that are alike along
+a head, as weights of scores (bfloat16) and numbers of tokens, masks of documents; and a bonus. A
+gradient keeps the states that enter chunks, in bfloat16, and the corrections of the delta rule; the
+rest it computes again. `jax.jvp` and second derivatives do not go through.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ import numpy as np
 from attnx.core.varying import split, together
 from attnx.recurrence import chunks
 from pallas_kernels.gpu import chunk_scan, delta_rule, linear_recurrence
-from pallas_kernels.gpu.chunk_scan import C, Plan
+from pallas_kernels.gpu.chunk_scan import C, Plan, Tokens
 from pallas_kernels.gpu.linear_recurrence import Decayed, Kind
-from pallas_kernels.tpu.linear_recurrence import FLOOR
 
 WIDTHS = (64, 128, 256)
 
@@ -88,67 +88,77 @@ def _compute(
   runs: chunks.Runs | None,
 ) -> tuple[jax.Array, jax.Array]:
   """`run` of whole chunks."""
-  found, total = _decayed(xs, kind, plan)
-  if bonus is not None:
-    q, k = (x.astype(jnp.float32) for x in (xs["q"], xs["k"]))
-    own = jnp.sum(_repeated(q, plan.heads) * bonus * _repeated(k, plan.heads), -1, keepdims=True)
-    found = found._replace(inside=jnp.where(np.eye(C, dtype=bool), _cut(own), found.inside))
+  vector = "log_decay" in xs and xs["log_decay"].shape[3] > 1
+  plan = plan._replace(weighs=not vector)
+  tokens, found = _vector(xs, kind, plan) if vector else (_scalar(xs, kind, plan), None)
   if runs is not None:
-    found, total = _documents(found, total, runs, state.shape)
-  values = xs["v"] if found.overlap is None else _correction(xs, found, plan)
-  tokens = chunk_scan.Tokens(found.into, found.onto, found.inside.astype(jnp.bfloat16), total)
-  return chunk_scan.scan(*together((tokens, values, state)), plan)
+    tokens, found = _documents(tokens, found, runs, state.shape)
+  values = _correction(xs, tokens, found, plan) if kind.delta else xs["v"]
+  out, state = chunk_scan.scan(*together((tokens, values, state)), plan)
+  if bonus is None:
+    return out, state
+  q, k, v = (_repeated(xs[name].astype(jnp.float32), plan.heads) for name in "qkv")
+  return (out + jnp.sum(q * bonus * k, -1, keepdims=True) * v).astype(out.dtype), state
 
 
-def _decayed(
-  xs: dict[str, jax.Array], kind: Kind, plan: Plan
-) -> tuple[Decayed, jax.Array | None]:
-  """Queries, keys and scores with their decay, and what a chunk leaves (#B, chunks, N, H) of it."""
-  q, k, H = xs["q"], xs["k"], xs["q"].shape[3]
-  whole = lambda x: jnp.broadcast_to(x, (*x.shape[:2], plan.heads, H))
-  if "log_decay" in xs and xs["log_decay"].shape[3] > 1:
-    log_decay = jnp.maximum(xs["log_decay"].astype(jnp.float32), FLOOR)
-    total = jnp.exp(jnp.sum(log_decay.reshape(log_decay.shape[0], -1, C, *log_decay.shape[2:]), 2))
-    return linear_recurrence.decayed(q, k, log_decay, kind, plan), whole(total)
-  score = lambda a: chunk_scan.product(a, k, "nt", plan, True, jnp.float32)
+def _vector(xs: dict[str, jax.Array], kind: Kind, plan: Plan) -> tuple[Tokens, Decayed]:
+  """What chunks are where the decay varies along the width."""
+  log_decay = xs["log_decay"].astype(jnp.float32)
+  found = linear_recurrence.decayed(xs["q"], xs["k"], log_decay, kind, plan)
+  return Tokens(found.into, found.onto, found.inside, found.total), found
+
+
+def _scalar(xs: dict[str, jax.Array], kind: Kind, plan: Plan) -> Tokens:
+  """What chunks are where it does not, or there is none."""
   visible = np.tri(C, k=-kind.before, dtype=bool)
+  q, k, dtype = xs["q"], xs["k"], jnp.bfloat16
   if "log_decay" not in xs:
-    found = Decayed(q, k, jnp.where(visible, score(q), 0.0))
-    return found._replace(asks=-k, overlap=score(k)) if kind.delta else found, None
+    return Tokens(q, k, jnp.asarray(visible, dtype)[None, None, None])
   sums = chunks.log_sums(_cut(xs["log_decay"].astype(jnp.float32)))  # (2, #B, chunks, #N, C, 1)
-  read = chunks.through_previous(sums) if kind.before else sums
-  pairs = jnp.exp(jnp.where(visible, chunks.between(read, sums.mT), -jnp.inf))
-  into = _joined(jnp.exp(read[0] + read[1]))
-  onto = _joined(jnp.exp(chunks.between(sums[..., -1:, :], sums)))
-  found = Decayed(_scaled(q, into), _scaled(k, onto), score(q) * pairs)
-  if kind.delta:
-    found = found._replace(asks=_scaled(k, -into), overlap=score(k) * pairs)
-  return found, whole(jnp.exp(sums[0] + sums[1])[..., -1, :])
+  until = chunks.through_previous(sums) if kind.before else sums
+  weights = jnp.exp(jnp.where(visible, chunks.between(until, sums.mT), -jnp.inf))
+  total = jnp.exp(sums[0] + sums[1])[..., -1, :]
+  total = jnp.broadcast_to(total, (*total.shape[:2], plan.heads, q.shape[3]))
+  read = jnp.exp(until[0] + until[1])[..., 0]
+  write = jnp.exp(chunks.between(sums[..., -1:, :], sums))[..., 0]
+  return Tokens(q, k, weights.astype(dtype), total, read, write)
 
 
 def _documents(
-  found: Decayed, total: jax.Array | None, runs: chunks.Runs, shape: tuple[int, ...]
-) -> tuple[Decayed, jax.Array]:
+  tokens: Tokens, found: Decayed | None, runs: chunks.Runs, shape: tuple[int, ...]
+) -> tuple[Tokens, Decayed | None]:
   """The same where tokens meet those of their document only; `shape` is that of the state."""
   count, rows = runs.own.shape[:2]
   flat = chunks.Runs(runs.own.reshape(-1, C), runs.before.reshape(-1, 1))
-  first = lambda x: jnp.swapaxes(x.reshape(count, rows, *x.shape[1:]), 0, 1)
-  meet, passes = first(flat.meet())[:, :, None], first(flat.passes())[:, :, None]
-  enters, leaves = (first(x).reshape(rows, -1, 1, 1) for x in (flat.enters(), flat.leaves()))
-  masks = dict(into=enters, onto=leaves, inside=meet, asks=enters, overlap=meet)
-  there = {name: x for name, x in found._asdict().items() if x is not None}
-  masked = Decayed(**{name: jnp.where(masks[name], x, 0) for name, x in there.items()})
-  total = jnp.ones((1, count, *shape[1:3]), jnp.float32) if total is None else total
-  return masked, jnp.where(passes, total, 0.0)
+  first = lambda x: jnp.swapaxes(x.reshape(count, rows, *x.shape[1:]), 0, 1)[:, :, None]
+  meet, enters, leaves = first(flat.meet()), first(flat.enters()), first(flat.leaves())
+  total = jnp.ones((1, count, *shape[1:3]), jnp.float32) if tokens.total is None else tokens.total
+  tokens = tokens._replace(
+    inside=jnp.where(meet, tokens.inside, 0), total=jnp.where(first(flat.passes()), total, 0.0)
+  )
+  if found is None:
+    one = jnp.ones((), jnp.float32)
+    read, write = (one if x is None else x for x in (tokens.read, tokens.write))
+    read, write = jnp.where(enters, read, 0.0), jnp.where(leaves, write, 0.0)
+    return tokens._replace(read=read, write=write), None
+  enters, leaves = (x.reshape(rows, -1, 1, 1) for x in (enters, leaves))
+  q, k = jnp.where(enters, tokens.queries, 0), jnp.where(leaves, tokens.keys, 0)
+  if found.asks is not None and found.overlap is not None:
+    overlap = jnp.where(meet, found.overlap, 0)
+    found = found._replace(asks=jnp.where(enters, found.asks, 0), overlap=overlap)
+  return tokens._replace(queries=q, keys=k), found
 
 
-def _correction(xs: dict[str, jax.Array], found: Decayed, plan: Plan) -> chunk_scan.Correction:
+def _correction(
+  xs: dict[str, jax.Array], tokens: Tokens, found: Decayed | None, plan: Plan
+) -> chunk_scan.Correction:
   """What makes the corrections of a chunk of the state that enters it."""
-  beta, overlap = _cut(xs["beta"].astype(jnp.float32)), found.overlap  # (B, chunks, N, C, 1)
-  assert overlap is not None
-  inverse = (delta_rule.inverses(beta * overlap, plan) * beta.mT).astype(jnp.bfloat16)
-  apply = lambda x: chunk_scan.product(inverse, x, "nn", plan)
-  return chunk_scan.Correction(apply(xs["v"]), apply(found.asks))
+  beta = _cut(xs["beta"].astype(jnp.float32))[..., 0]  # (B, chunks, N, C)
+  if found is not None:
+    assert found.asks is not None and found.overlap is not None
+    return delta_rule.corrections(found.asks, xs["v"], beta, beta, found.overlap, plan)
+  gamma = -beta if tokens.read is None else -beta * tokens.read
+  return delta_rule.corrections(xs["k"], xs["v"], beta, gamma, tokens.inside, plan)
 
 
 def _cut(x: jax.Array) -> jax.Array:
@@ -156,18 +166,6 @@ def _cut(x: jax.Array) -> jax.Array:
   return jnp.swapaxes(x.reshape(x.shape[0], -1, C, *x.shape[2:]), 2, 3)
 
 
-def _joined(x: jax.Array) -> jax.Array:
-  """The inverse of `_cut`."""
-  x = jnp.swapaxes(x, 2, 3)
-  return x.reshape(x.shape[0], -1, *x.shape[3:])
-
-
 def _repeated(x: jax.Array, heads: int) -> jax.Array:
   """Tokens with as many heads, or one."""
   return x if x.shape[2] in (1, heads) else jnp.repeat(x, heads // x.shape[2], axis=2)
-
-
-def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
-  """Tokens times numbers of tokens, (#B, T, #N, 1)."""
-  heads = factor.shape[2] if factor.shape[2] > 1 else x.shape[2]
-  return (_repeated(x.astype(jnp.float32), heads) * factor).astype(x.dtype)

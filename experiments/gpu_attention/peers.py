@@ -207,7 +207,8 @@ def versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
       found[name] = "absent"
   try:
-    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv"]
+    query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm",
+             "--format=csv,noheader"]
     found["driver"] = subprocess.check_output(query, text=True, timeout=20).strip()
   except (OSError, subprocess.SubprocessError):
     found["driver"] = "no nvidia-smi"

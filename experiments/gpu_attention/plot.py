@@ -5,6 +5,7 @@ python -m experiments.gpu_attention.plot experiments/gpu_attention/results.json
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 import json
 import pathlib
@@ -36,24 +37,46 @@ def lines(rows: Rows, direction: str, H: int) -> dict[str, list[tuple[int, float
   return {name: sorted(points) for name, points in found.items()}
 
 
+def bars(axes: Any, rows: Rows, direction: str, colours: dict[str, str]) -> None:
+  """Rates of each series at the length that most cases have, side by side for each case."""
+  plain = [row for row in rows if (row["kind"], row["direction"]) == ("plain", direction)]
+  counts = collections.Counter(row["T"] for row in plain)
+  T = max(counts, key=lambda T: counts[T], default=0)
+  shown = sorted((row for row in plain if row["T"] == T), key=lambda r: (r["mask"], r["H"]))
+  names = [name for name in colours if any(name in row["seconds"] for row in shown)]
+  width = 0.85 / max(1, len(names))
+  for n, name in enumerate(names):
+    points = [(m + n * width, rate(row, name)) for m, row in enumerate(shown)
+              if name in row["seconds"]]  # fmt: skip
+    axes.bar(*zip(*points, strict=True), width=width, color=colours[name], label=name)
+  axes.margins(y=0.3)
+  axes.set_xticks([m + 0.4 for m in range(len(shown))], [f"{r['mask']}\nH={r['H']}" for r in shown])
+  axes.set(ylabel="TFLOP/s", title=f"{direction}, T = S = {T}")
+
+
 def draw(found: dict[str, Any], path: pathlib.Path) -> None:
-  """Rates over lengths for each width and direction, and every bar with what was found."""
+  """Rates of plain attention, over lengths where several were measured, and every bar."""
   matplotlib.use("Agg")
   rows = found["rows"]
   widths = sorted({row["H"] for row in rows if row["kind"] == "plain"}) or [128]
+  found_lines = {(d, H): lines(rows, d, H) for d in cases.DIRECTIONS for H in widths}
+  several = any(len(points) > 1 for of in found_lines.values() for points in of.values())
   figure = plt.figure(figsize=(4 * len(widths) + 5, 7), layout="constrained")
   grid = figure.add_gridspec(2, len(widths) + 1, width_ratios=[*[1] * len(widths), 1.3])
   colours = {name: f"C{n}" for n, name in enumerate(peers.OF_KIND["plain"])}
   for n, direction in enumerate(cases.DIRECTIONS):
-    for m, H in enumerate(widths):
+    if not several:
+      axes = figure.add_subplot(grid[n, :-1])
+      bars(axes, rows, direction, colours)
+    for m, H in enumerate(widths if several else []):
       axes = figure.add_subplot(grid[n, m])
-      for name, points in lines(rows, direction, H).items():
+      for name, points in found_lines[direction, H].items():
         axes.plot(*zip(*points, strict=True), "o-", color=colours[name], label=name)
       axes.set_xscale("log", base=2)
       axes.set_ylim(bottom=0)
       axes.set(xlabel="T = S", ylabel="TFLOP/s", title=f"causal, {direction}, H={H}")
-      if (n, m) == (0, 0):
-        axes.legend(frameon=False, fontsize=7)
+    if n == 0 and axes.get_legend_handles_labels()[0]:
+      axes.legend(frameon=False, fontsize=7, ncols=1 if several else 3)
   axes = figure.add_subplot(grid[:, -1])
   held = [line for line in found["bars"][1:] if line[4] != UNMEASURED]
   share = [float(line[2]) / float(line[3]) for line in held]

@@ -23,48 +23,13 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels.gpu.chunk_scan import (
-  C, DTYPE, Pair, Plan, chunks_of, launch, multiply, shared, tile_at,
+  C, DTYPE, Pair, Plan, Span, diagonal, halves, launch, mask, multiply, shared, tile_at, tokens_of,
 )  # fmt: skip
-from pallas_kernels.gpu.tiles import COLUMN, ROW, TILE, Warpgroup, smem
+from pallas_kernels.gpu.tiles import COLUMN, TILE, Warpgroup, smem
+from pallas_kernels.tpu.linear_recurrence import FLOOR
 
 WIDTH = 64  # columns of q and k that are handled at once
 LEVELS = C.bit_length() - 1
-
-
-class Span(NamedTuple):
-  """Tokens of a chunk for each of its tokens, from the first to before the last.
-
-  Attributes:
-    first, last: (C,) int32.
-  """
-
-  first: jax.Array
-  last: jax.Array
-
-
-def tokens_of(wg: Warpgroup) -> jax.Array:
-  """The tokens of a chunk, (C,), a number of each row of a tile."""
-  return wg.cast(lax.iota(jnp.int32, C), ROW)
-
-
-def mask(span: Span, wg: Warpgroup) -> jax.Array:
-  """A tile (C, C) that is true where a column is in the span of its row."""
-  first, last = (wg.wide(end, (C, C)) for end in span)
-  column = wg.wide(wg.cast(lax.iota(jnp.int32, C), COLUMN), (C, C), 1)
-  return (column >= first) & (column < last)
-
-
-def halves(m: Any, wg: Warpgroup) -> jax.Array:
-  """Which pairs (C, C) are a row of the late and a column of the early half of a block of 2 m."""
-  t = tokens_of(wg)
-  start = t & (-2 * m)
-  return mask(Span(start, start + (t & m)), wg)
-
-
-def diagonal(wg: Warpgroup) -> jax.Array:
-  """Which pairs (C, C) are a token and itself."""
-  t = tokens_of(wg)
-  return mask(Span(t, t + 1), wg)
 
 
 class Kind(NamedTuple):
@@ -86,6 +51,7 @@ class Decayed(NamedTuple):
     into: (B, T, N, H), queries as they read the state that enters the chunk.
     onto: (B, T, N, H), keys as they reach the end of the chunk.
     inside: (B, chunks, N, C, C), scores of queries and keys; zero for keys that are not seen.
+    total: (B, chunks, N, H) float32, what a chunk leaves of a state.
     asks: (B, T, N, H), of `Kind.delta`: keys as they read the state, less than zero.
     overlap: (B, chunks, N, C, C) float32, of `Kind.delta`: scores of keys and earlier keys.
   """
@@ -93,6 +59,7 @@ class Decayed(NamedTuple):
   into: jax.Array
   onto: jax.Array
   inside: jax.Array
+  total: jax.Array
   asks: jax.Array | None = None
   overlap: jax.Array | None = None
 
@@ -147,14 +114,21 @@ class _Chunk(NamedTuple):
     self.parts.at[1][...] = (x - high.astype(jnp.float32)).astype(DTYPE)
     plgpu.commit_smem()
 
-  def sums(self, span: Span, acc: jax.Array | None = None) -> jax.Array:
+  def ones(self, span: Span) -> jax.Array:
+    """Tiles times this are sums over spans."""
+    return jnp.where(mask(span, self.wg), 1.0, 0.0).astype(DTYPE)
+
+  def sums(self, ones: jax.Array, acc: jax.Array | None = None) -> jax.Array:
     """The sums over spans of what was split, added to `acc`."""
-    ones = jnp.where(mask(span, self.wg), 1.0, 0.0).astype(DTYPE)
     return multiply([Pair(ones, self.parts.at[part], "nn") for part in range(2)], self.plan, acc)
 
-  def decay(self, span: Span) -> jax.Array:
+  def total(self, logs: jax.Array) -> jax.Array:
+    """exp of the sums of all tokens, of each column."""
+    return jnp.exp(self.wg.cast(jnp.sum(logs, axis=0), COLUMN))
+
+  def decay(self, ones: jax.Array) -> jax.Array:
     """exp of the sums over spans, at most 1."""
-    return jnp.exp(self.sums(span))
+    return jnp.exp(self.sums(ones))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -165,68 +139,73 @@ def decayed(
 
   Args:
     q, k: (B, T, K, H) bfloat16, T and H multiples of 64; K divides N.
-    log_decay: (#B, T, K, H) float32, at most 0 and finite.
+    log_decay: (#B, T, K, H) float32, at most 0; moved to where it just underflows.
     kind: what is asked for.
     plan: what is static.
   """
   B, T, _, H = q.shape
-  N, chunks = plan.heads, chunks_of(q)
+  N, chunks = plan.heads, q.shape[1] // C
   names = ["into", "onto"] + ["asks"] * kind.delta
   tiles = dict(inside=DTYPE) | (dict(overlap=jnp.float32) if kind.delta else {})
   shapes = [jax.ShapeDtypeStruct((B, T, N, H), DTYPE)] * len(names)
   shapes += [jax.ShapeDtypeStruct((B, chunks, N, C, C), dtype) for dtype in tiles.values()]
+  shapes.append(jax.ShapeDtypeStruct((B, chunks, N, H), jnp.float32))
 
-  def kernel(q_ref, k_ref, g_ref, *refs, held, logs, parts, keys, out, barriers):
+  def kernel(q_ref, k_ref, g_ref, *refs, held, logs, parts, keys, barriers):
     b, n, c = (lax.axis_index(name) for name in "bnc")
-    outs, score_refs = refs[: len(names)], refs[len(names) :]
-    chunk = _Chunk(kind, plan, parts)
-    columns = lambda i: pl.ds(i * WIDTH, WIDTH)
+    outs, score_refs, total_ref = refs[: len(names)], refs[len(names) : -1], refs[-1]
+    at, wg = (plan, b, n, c), Warpgroup(plan.interpret)
+    blocks = [_Chunk(kind, plan, parts.at[i]) for i in range(H // WIDTH)]
+    chunk, columns = blocks[0], [pl.ds(i * WIDTH, WIDTH) for i in range(len(blocks))]
+    q, k = (lambda i, x=x: held.at[x, i][...].astype(jnp.float32) for x in range(2))
 
-    @pl.loop(0, H // WIDTH)
-    def _(i):
+    for i, cut in enumerate(columns):
       for x, ref in enumerate((q_ref, k_ref)):
-        source = tile_at(ref, plan, b, n, c, columns(i))
-        plgpu.copy_gmem_to_smem(source, held.at[x, i], barriers.at[i])
-      plgpu.copy_gmem_to_smem(tile_at(g_ref, plan, b, n, c, columns(i)), logs.at[i], barriers.at[i])
-
-    def block(i, found):
+        plgpu.copy_gmem_to_smem(tile_at(ref, *at, cut), held.at[x, i], barriers.at[i])
+      plgpu.copy_gmem_to_smem(tile_at(g_ref, *at, cut), logs.at[i], barriers.at[i])
+    for i, block in enumerate(blocks):
       plgpu.barrier_wait(barriers.at[i])
-      q, k = (lambda x=x: held.at[x, i][...].astype(jnp.float32) for x in range(2))
-      chunk.split(logs.at[i][...])
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      into, onto = chunk.decay(chunk.through()), chunk.decay(chunk.after())
-      out.at[0][...] = (q() * into).astype(DTYPE)
-      out.at[1][...] = (k() * onto).astype(DTYPE)
+      log = jnp.maximum(logs.at[i][...], FLOOR)
+      tile_at(total_ref, *at, columns[i], rows=None)[...] = block.total(log)
+      block.split(log)
+
+    def level(i, found):
+      m = lax.shift_right_logical(jnp.int32(C // 2), i)
+      ones, queries = chunk.ones(chunk.level(m)), []
+      for i, block in enumerate(blocks):
+        decay = block.decay(ones)
+        keys.at[i][...] = (k(i) * decay).astype(DTYPE)
+        queries.append((q(i) * decay).astype(DTYPE))
+      plgpu.commit_smem()
+      both = [queries, [keys.at[i] for i in range(len(blocks))]]
+      new = [
+        multiply([Pair(x, keys.at[i], "nt") for i, x in enumerate(left)], plan)
+        for left in both[: len(tiles)]
+      ]
+      pairs = halves(m, wg)
+      return tuple(x + jnp.where(pairs, y, 0.0) for x, y in zip(found, new))
+
+    found = lax.fori_loop(0, LEVELS, level, (chunk.zeros(),) * len(tiles))
+    if not kind.before:
+      own = multiply([Pair(held.at[0, i], held.at[1, i], "nt") for i in range(len(blocks))], plan)
+      found = found[0] + jnp.where(diagonal(wg), own, 0.0), *found[1:]
+    results = [[parts.at[i, x] for i in range(len(blocks))] for x in range(2)]
+    results += [[keys.at[i] for i in range(len(blocks))]]
+    ones = [chunk.ones(span) for span in (chunk.through(), chunk.after())]
+    for i, block in enumerate(blocks):
+      into, onto = (block.decay(x) for x in ones)
+      results[0][i][...] = (q(i) * into).astype(DTYPE)
+      results[1][i][...] = (k(i) * onto).astype(DTYPE)
       if kind.delta:
-        out.at[2][...] = (-k() * into).astype(DTYPE)
-      plgpu.commit_smem()
-      for x, ref in enumerate(outs):
-        plgpu.copy_smem_to_gmem(out.at[x], tile_at(ref, plan, b, n, c, columns(i)))
-
-      def add(pairs, left, right, found):
-        """Products of the rows of `left` with those of `right`, where they are of `pairs`."""
-        new = [multiply([Pair(x, right, "nt")], plan) for x in left]
-        return tuple(x + jnp.where(pairs, y, 0.0) for x, y in zip(found, new))
-
-      def level(i, found):
-        m = lax.shift_right_logical(jnp.int32(C // 2), i)
-        decay = chunk.decay(chunk.level(m))
-        key = (k() * decay).astype(DTYPE)
-        keys[...] = key
-        plgpu.commit_smem()
-        left = [(q() * decay).astype(DTYPE)] + [key] * kind.delta
-        return add(halves(m, chunk.wg), left, keys, found)
-
-      found = lax.fori_loop(0, LEVELS, level, found)
-      if kind.before:
-        return found
-      return add(diagonal(chunk.wg), [held.at[0, i]], held.at[1, i], found[:1]) + found[1:]
-
-    found = lax.fori_loop(0, H // WIDTH, block, (chunk.zeros(),) * len(tiles))
-    for value, tile, ref in zip(found, (keys, logs.at[0]), score_refs):  # which are read by now
+        results[2][i][...] = (-k(i) * into).astype(DTYPE)
+    for value, tile in zip(found, (held.at[0, 0], logs.at[0])):
       tile[...] = value.astype(tile.dtype)
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(tile, tile_at(ref, plan, b, n, c))
+    plgpu.commit_smem()
+    for ref, filled in zip(outs, results):
+      for tile, cut in zip(filled, columns):
+        plgpu.copy_smem_to_gmem(tile, tile_at(ref, *at, cut))
+    for tile, ref in zip((held.at[0, 0], logs.at[0]), score_refs):
+      plgpu.copy_smem_to_gmem(tile, tile_at(ref, *at))
     plgpu.wait_smem_to_gmem(0)
 
   results = launch(
@@ -235,13 +214,12 @@ def decayed(
     scratch=dict(
       held=smem(2, H // WIDTH, C, WIDTH, dtype=DTYPE),
       logs=smem(H // WIDTH, C, WIDTH, dtype=jnp.float32),
-      parts=smem(2, C, WIDTH, dtype=DTYPE),
-      keys=smem(C, WIDTH, dtype=DTYPE),
-      out=smem(len(names), C, WIDTH, dtype=DTYPE),
+      parts=smem(H // WIDTH, 2, C, WIDTH, dtype=DTYPE),
+      keys=smem(H // WIDTH, C, WIDTH, dtype=DTYPE),
       barriers=plgpu.Barrier(num_arrivals=3, num_barriers=H // WIDTH),
     ),
   )  # fmt: skip
-  return Decayed(**dict(zip([*names, *tiles], results, strict=True)))
+  return Decayed(**dict(zip([*names, *tiles, "total"], results, strict=True)))
 
 
 def _decayed_fwd(q, k, log_decay, kind, plan):
@@ -261,21 +239,22 @@ def _gradients(
 ) -> Sequence[jax.Array]:
   """Gradients of q, k and log_decay, (B, T, N, H) each, given those of what `decayed` gives."""
   B, T, _, H = q.shape
-  N, chunks = plan.heads, chunks_of(q)
+  N, chunks = plan.heads, q.shape[1] // C
   tokens = [x for x in (q, k, g.into, g.onto, g.asks) if x is not None]
   scores = [x for x in (g.inside, g.overlap) if x is not None]
 
   def kernel(*refs, held, logs, given, parts, spare, barrier):
     b, n, c, i = (lax.axis_index(name) for name in "bnci")
-    *ins, dq_ref, dk_ref, dg_ref = refs
+    *ins, total_ref, dq_ref, dk_ref, dg_ref = refs
     columns = pl.ds(i * WIDTH, WIDTH)
+    chunk, sums = _Chunk(kind, plan, parts.at[0]), _Chunk(kind, plan, parts.at[1])
     targets = [held.at[x] for x in range(len(tokens))] + [logs]
     for ref, tile in zip(ins, targets):
       plgpu.copy_gmem_to_smem(tile_at(ref, plan, b, n, c, columns), tile, barrier)
     for x, ref in enumerate(ins[len(targets) :]):
       plgpu.copy_gmem_to_smem(tile_at(ref, plan, b, n, c), given.at[x], barrier)
+    d_total = chunk.wg.load(tile_at(total_ref, plan, b, n, c, columns, rows=None), COLUMN)
     plgpu.barrier_wait(barrier)
-    chunk, sums = _Chunk(kind, plan, parts.at[0]), _Chunk(kind, plan, parts.at[1])
     q, k, d_into, d_onto, *d_asks = (
       lambda x=x: held.at[x][...].astype(jnp.float32) for x in range(len(tokens))
     )
@@ -283,25 +262,27 @@ def _gradients(
     def back(span, moved, d_g):
       """The gradient of log decays, given that of the exponents and the turned spans of these."""
       sums.split(moved)
-      return sums.sums(span, d_g)
+      return sums.sums(sums.ones(span), d_g)
 
     # What is read once makes room.
     queries, keys, masked = held.at[2], held.at[3], [spare, held.at[len(tokens) - 1]]
 
-    chunk.split(logs[...])
-    into, onto = chunk.decay(chunk.through()), chunk.decay(chunk.after())
+    log = jnp.maximum(logs[...], FLOOR)
+    d_log = chunk.wg.wide(d_total * chunk.total(log), (C, C), 1)
+    chunk.split(log)
+    into, onto = (chunk.decay(chunk.ones(x)) for x in (chunk.through(), chunk.after()))
     d_q, d_k = d_into() * into, d_onto() * onto
     moved_in, moved_on = d_q * q(), d_k * k()
     if kind.delta:
       asked = d_asks[0]() * into
       d_k, moved_in = d_k - asked, moved_in - asked * k()
-    d_g = back(chunk.through(turned=True), moved_in, chunk.zeros())
+    d_g = back(chunk.through(turned=True), moved_in, d_log)
     d_g = back(chunk.after(turned=True), moved_on, d_g)
 
     def level(i, found):
       d_q, d_k, d_g = found
       m = lax.shift_right_logical(jnp.int32(C // 2), i)
-      decay, pairs = chunk.decay(chunk.level(m)), halves(m, chunk.wg)
+      decay, pairs = chunk.decay(chunk.ones(chunk.level(m))), halves(m, chunk.wg)
       queries[...] = (q() * decay).astype(DTYPE)
       keys[...] = (k() * decay).astype(DTYPE)
       for x in range(len(scores)):
@@ -320,14 +301,16 @@ def _gradients(
       near = jnp.where(diagonal(chunk.wg), given.at[0][...], 0.0).astype(DTYPE)
       d_q = multiply([Pair(near, held.at[1], "nn")], plan, d_q)
       d_k = multiply([Pair(near, held.at[0], "nn")], plan, d_k)
-    queries[...], keys[...], logs[...] = d_q.astype(DTYPE), d_k.astype(DTYPE), d_g
+    queries[...], keys[...] = d_q.astype(DTYPE), d_k.astype(DTYPE)
+    logs[...] = jnp.where(logs[...] > FLOOR, d_g, 0.0)
     plgpu.commit_smem()
     for tile, ref in ((queries, dq_ref), (keys, dk_ref), (logs, dg_ref)):
       plgpu.copy_smem_to_gmem(tile, tile_at(ref, plan, b, n, c, columns))
     plgpu.wait_smem_to_gmem(0)
 
   return launch(
-    kernel, [*(x.astype(DTYPE) for x in tokens), log_decay, *(x.astype(DTYPE) for x in scores)],
+    kernel,
+    [*(x.astype(DTYPE) for x in tokens), log_decay, *(x.astype(DTYPE) for x in scores), g.total],
     [jax.ShapeDtypeStruct((B, T, N, H), dtype) for dtype in (DTYPE, DTYPE, jnp.float32)], plan,
     name="vector_decay_backward", grid=dict(b=B, n=N, c=chunks, i=H // WIDTH),
     scratch=dict(

@@ -90,10 +90,10 @@ def forward(
   ahead = 2 if size + W * bq * H * q.dtype.itemsize <= SHARED else 1  # lines whose queries fit
   staged = divided and V == H and ahead > 1  # out leaves by way of the queries that it answers
 
-  def kernel(numbers, shares, at, counts, q_side, k_side, *refs, q_ring, k_ring, v_ring, turn):
+  def kernel(dealt, shares, at, counts, q_side, k_side, *refs, q_ring, k_ring, v_ring, turn):
     *operand_refs, q, k, v, out, stats = refs
     w, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-    line_of = lambda i: Line.at(order, numbers[block, i], N, counts, at, bk)
+    line_of = lambda i: Line.at(order, dealt[block, i], N, counts, at, bk)
     own = shares[block]
 
     @pl.when(w == W)
