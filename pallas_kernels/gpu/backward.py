@@ -121,7 +121,7 @@ def _gradient_of_queries(
         facts = unit.facts(q_facts, unit.side(k_facts, COLUMN), b, n, tiles, origin=origin)
         forth, back = _pulled(algebra, unit, masked, facts, moving, told, axis=0)
         work = lambda: forth(products)
-        cotangents, (_, saved) = unit.product_beside(grad_tile, v_tile, work)
+        cotangents, (_, saved) = unit.product_beside(grad_tile, v_tile, work, blocks.beside)
         free(v_ring, t)
         products, moved = back(saved, cotangents)
         ready(t + 1, t + 1 < here.visits, k_ring)
@@ -281,7 +281,8 @@ def gradient_of_keys(
         facts = facts_of(t, side)
         forth, back = _pulled(algebra, unit, masked, facts, still, told_of(told), axis=1)
         work = lambda: forth(products)
-        cotangents, (edited, saved) = unit.product_beside(v_tile, grad_tile, work)
+        found = unit.product_beside(v_tile, grad_tile, work, blocks.beside)
+        cotangents, (edited, saved) = found
         products, _ = back(saved, cotangents)
         edited, products = (x.astype(q_tile.dtype) for x in (edited, products))
         ready(t + 1, t + 1 < here.visits, q_ring)

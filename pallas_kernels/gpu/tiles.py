@@ -43,12 +43,15 @@ class Blocks:
     k: keys of a tile, a multiple of 64 up to 256.
     warpgroups: that multiply, 1 to 3; one more moves tiles.
     stages: tiles that are held in shared memory at once, those in flight included.
+    beside: whether gradients find weights while the product with values is in flight, for which
+      some widths leave too few registers.
   """
 
   q: int = 64
   k: int = 128
   warpgroups: int = 2
   stages: int = 2
+  beside: bool = True
 
   def __post_init__(self):
     if self.q not in (ROWS, 2 * ROWS):
@@ -238,10 +241,13 @@ class Warpgroup:
     """a b^T in float32; a (M, H) and b (N, H) in swizzled shared memory."""
     return self.products([(a, b)], meanwhile=meanwhile)[0]
 
-  def product_beside(self, a: Any, b: Any, work: Callable[[], Any]) -> tuple[jax.Array, Any]:
-    """a b^T as in `product`, and what `work` returns, which is done while it is in flight."""
-    if self.interpret:
-      return self.product(a, b), work()
+  def product_beside(
+    self, a: Any, b: Any, work: Callable[[], Any], beside: bool = True
+  ) -> tuple[jax.Array, Any]:
+    """a b^T as in `product`, and what `work` returns, done while it is in flight or before it."""
+    if self.interpret or not beside:
+      done = work()
+      return self.product(a, b), done
 
     def run(acc):
       plgpu.wgmma(acc, a, b.T)
