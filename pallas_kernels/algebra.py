@@ -89,6 +89,23 @@ class Algebra:
     """The natural logarithm of what `exp` is a power of."""
     return math.log(2) if self.exp is jnp.exp2 else 1.0
 
+  def told(
+    self, size: jax.Array, slope: jax.Array, pulled: Callable[[], jax.Array]
+  ) -> tuple[jax.Array, jax.Array]:
+    """What gradients measure weights from, and the cotangent of what they are divided by.
+
+    Where the algebra has peaks, the weights of a row add up to 1, measured from the logarithm of
+    their mass. One that sees nothing is measured from so far above that all its weights are 0.
+
+    Args:
+      size: the logarithm of the mass in the unit of peaks, or the mass where there are none.
+      slope: the cotangent of `size`.
+      pulled: the sums of output and cotangent along values, for each row; asked for with peaks.
+    """
+    if self.height is None:
+      return jnp.zeros_like(size), slope
+    return jnp.where(jnp.isneginf(size), -FLOOR, size), slope / self.base - pulled()
+
   def masked(
     self, products: jax.Array, facts: Facts, mask: bool, exist: Any = True
   ) -> tuple[jax.Array, Any, Any]:

@@ -43,6 +43,18 @@ def combined(parts: Partials, algebra: Algebra) -> Partials:
   return Partials(out, (parts.mass * factor).sum(0), peak, parts.count.sum(0))
 
 
+def finished(parts: Partials, algebra: Algebra) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Over the keys of all splits: out, mass and count, each without the first axis.
+
+  Where the algebra has peaks, out / mass, the logarithm of the mass in their unit, and the count.
+  """
+  seen = combined(parts, algebra)
+  if algebra.height is None:
+    return seen.out, seen.mass, seen.count
+  out = seen.out / jnp.where(seen.mass > 0, seen.mass, 1.0)[..., None]
+  return out, seen.peak + jnp.log(seen.mass) * (1 / algebra.base), seen.count
+
+
 class Call(NamedTuple):
   """The sizes of a call.
 

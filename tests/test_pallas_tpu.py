@@ -24,6 +24,7 @@ from attnx.sharded.rules import AXES
 from attnx.sharded.sequence import over
 from attnx.sharded.ulysses import numbered
 from pallas_kernels.blocks import Blocks, Chosen
+from pallas_kernels.tpu import streaming
 
 T, S = 150, 200  # no tile divides them
 BLOCKS = Chosen(*[Blocks(128, 128, 128, 128, 0)] * 2)
@@ -155,6 +156,40 @@ def test_bfloat16_is_off_by_a_few_roundings(name):
   exact_gradient, exact_value = exact(spec, wide_qkv, *tokens)
   assert_near(value, exact_value, 2**-8)  # weights are rounded once, by 2^-9
   assert_near(gradient, exact_gradient, 8 * 2**-8)  # so are cotangents, of which sums of V cancel
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_the_kernel_divides_and_rounds_where_weights_rescale(name, dtype, monkeypatch):
+  spec, qkv, outputs = BFLOAT16[name], arguments(64, 64, dtype), []
+  tokens = Tokens.of_length(T, offset=S - 20), Tokens.of_length(S)  # the window leaves the keys
+  forward = streaming.forward
+
+  def spy(*args, **how):
+    outputs.append(forward(*args, **how))
+    return outputs[-1]
+
+  monkeypatch.setattr(streaming, "forward", spy)
+  p, divided = kernel()(*qkv, spec, *tokens), name != "relu"
+  ((out, _),) = outputs
+  assert out.dtype == (dtype if divided else np.float32)
+  assert (p.whole is not None) == divided
+  with jax.enable_x64(True):
+    expected = reference.partial(*wide([x.astype(np.float32) for x in qkv]), spec, *tokens)
+  p, expected = jax.tree.map(np.asarray, (p, expected))
+  total = lambda p: p.mass * np.exp(np.where(np.isneginf(p.peak), 0.0, p.peak))
+  assert_near(total(p), total(expected), 4e-6)
+  np.testing.assert_array_equal(p.mass == 0, expected.mass == 0)
+  assert (name != "softmax") or (p.mass == 0).any()
+
+
+def test_weights_that_are_all_zero_move_nothing():
+  """Scores of zero have no sign: there is a highest one, and no mass."""
+  spec, (q, k, v) = BFLOAT16["cog"], arguments(64, 64)
+  qkv, tokens = (q.at[:, 40:].set(0), k, v), (Tokens.of_length(T), Tokens.of_length(S))
+  actual = run(kernel(), spec, qkv, *tokens)
+  assert_near(actual, exact(spec, qkv, *tokens), 4e-6)
+  assert not actual[1][0][:, 40:].any()
 
 
 def test_a_plan_made_on_the_host_is_the_plan_made_at_run_time():

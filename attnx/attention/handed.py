@@ -12,11 +12,13 @@ import numpy as np
 
 from attnx.attention import plan as plans
 from attnx.attention.masks import Mask, pick
+from attnx.attention.partial import Partial, from_lse
 from attnx.attention.spec import AttentionSpec
 from attnx.attention.transforms import Dropout
 from attnx.core import random
 from attnx.core.lookup import Table, Tile
 from attnx.core.tokens import Tokens
+from pallas_kernels.algebra import Algebra
 
 
 class Operand(NamedTuple):
@@ -150,6 +152,13 @@ def sides(tokens: Tokens, length: int) -> jax.Array:
   return jnp.stack(
     [jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, length)) for x in fields], axis=1
   )
+
+
+def of_kernel(algebra: Algebra, out: jax.Array, size: jax.Array, count: jax.Array) -> Partial:
+  """The partial of out (B, T, N, V) and its mass, or out / mass and the logarithm of the mass."""
+  if algebra.height is None:
+    return Partial(out, mass=size, peak=jnp.zeros_like(size), count=count)
+  return from_lse(out, size * algebra.base, count)
 
 
 def all_exist(tokens: Tokens) -> bool:

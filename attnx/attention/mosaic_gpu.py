@@ -14,13 +14,15 @@ import numpy as np
 
 from attnx.attention import by_tile
 from attnx.attention import plan as plans
-from attnx.attention.handed import Handed, all_exist, cotangents, hand_over, outlined, padded, sides
-from attnx.attention.partial import Partial, from_lse
+from attnx.attention.handed import (
+  Handed, all_exist, cotangents, hand_over, of_kernel, outlined, padded, sides,
+)  # fmt: skip
+from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec
 from attnx.core.tokens import Tokens
 from attnx.core.varying import split
-from pallas_kernels.algebra import FLOOR, Algebra, Facts, Side
-from pallas_kernels.decoding import combined
+from pallas_kernels.algebra import Algebra, Facts, Side
+from pallas_kernels.decoding import finished
 from pallas_kernels.gpu import backward, decode, decode_call, streaming
 from pallas_kernels.gpu.tiles import Chosen, choose
 from pallas_kernels.visits import Operand
@@ -77,10 +79,7 @@ def partial(
     q, k, v, [padded(operand, rows, columns) for operand in handed.operands],
     (sides(q_tokens, rows), sides(k_tokens, columns)), traced,
   )  # fmt: skip
-  size, count = (jnp.swapaxes(x, 1, 2) for x in stats)
-  if algebra.height is None:
-    return Partial(out, mass=size, peak=jnp.zeros_like(size), count=count)
-  return from_lse(out, size, count)
+  return of_kernel(algebra, out, *(jnp.swapaxes(x, 1, 2) for x in stats))
 
 
 def _cuts(blocks: Chosen, H: int, V: int) -> list[tuple[int, int]]:
@@ -102,7 +101,8 @@ class _Run:
   """The forward and the backward kernels of one call, as a function with a gradient.
 
   It returns out (B, T, N, V), and (B, N, T) twice: where the algebra has peaks, out is divided by
-  the mass, and the natural logarithm of it comes first, else the mass; then the count.
+  the mass, and the logarithm of it, in the unit of peaks, comes first, else the mass; then the
+  count.
 
   `kinds` are those of the plans of the three kernels, which share sides and operands. A few
   queries, as in decoding, have a kernel of their own, unless a gradient is asked for: `sizes` are
@@ -126,34 +126,25 @@ class _Run:
       [x[:, :, :T, :S] for x in operands], (self.kinds or kinds)[3], block_k=block,
       **self.how,
     )  # fmt: skip
-    seen = combined(parts, self.algebra)
-    out = jnp.swapaxes(seen.out, 1, 2)
-    if self.algebra.height is None:
-      return out, seen.mass, seen.count
-    mass = jnp.swapaxes(jnp.where(seen.mass > 0, seen.mass, 1.0), 1, 2)
-    lse = seen.peak * self.algebra.base + jnp.log(seen.mass)
-    return out / mass[..., None], lse, seen.count
+    out, size, count = finished(parts, self.algebra)
+    return jnp.swapaxes(out, 1, 2), size, count
 
   def _forward(self, q, k, v, operands, sides, kinds):
     args = (q, k, v, *sides, operands, (self.kinds or kinds)[0])
     out, stats = streaming.forward(*args, blocks=self.blocks.forward, **self.how)
     size, count = (stats[:, :, row] for row in (streaming.SIZE, streaming.COUNT))
     saved = (q, k, v, operands, sides, kinds, out, size)
-    if self.algebra.height is not None:
-      size = size * self.algebra.base
     return (out.astype(jnp.float32) if self.sizes[2] else out, size, count), saved
 
   def _backward(self, saved, grads):
     q, k, v, operands, sides, kinds, out, size = saved
     dout, slope, _ = grads
-    if self.algebra.height is None:
-      origin = jnp.zeros_like(size)
-    else:  # of weights whose mass is 1: they are measured from its logarithm
-      origin = jnp.maximum(size, FLOOR)
-      pulled = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-      pulled = jax.lax.optimization_barrier(pulled)  # a sum on its own runs along memory
-      slope = slope - jnp.swapaxes(pulled, 1, 2)
-    told = jnp.stack([origin, slope], axis=2)  # ORIGIN, SLOPE
+
+    def pulled():
+      sums = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+      return jnp.swapaxes(jax.lax.optimization_barrier(sums), 1, 2)  # alone they run along memory
+
+    told = jnp.stack(self.algebra.told(size, slope, pulled), axis=2)  # ORIGIN, SLOPE
     read = dout.astype(q.dtype)
     args = lambda number: (
       q, k, v, *sides, operands, (self.kinds or kinds)[number], told, read

@@ -14,14 +14,16 @@ import numpy as np
 
 from attnx.attention import by_tile
 from attnx.attention import plan as plans
-from attnx.attention.handed import Handed, all_exist, cotangents, hand_over, outlined, padded, sides
+from attnx.attention.handed import (
+  Handed, all_exist, cotangents, hand_over, of_kernel, outlined, padded, sides,
+)  # fmt: skip
 from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec
 from attnx.core.tokens import Tokens
 from attnx.core.varying import split
-from pallas_kernels.algebra import FLOOR, Algebra
+from pallas_kernels.algebra import Algebra
 from pallas_kernels.blocks import Chosen, choose, dividing
-from pallas_kernels.decoding import combined
+from pallas_kernels.decoding import finished
 from pallas_kernels.tpu import decode, streaming
 from pallas_kernels.tpu.decode_call import block_of, heads_of
 from pallas_kernels.tpu.walk import SUBLANES, Blocks
@@ -47,7 +49,9 @@ def partial(
 
   Products of bfloat16 inputs are added up in float32, weights are rounded to bfloat16 before they
   read values, and softmax takes its exponentials to base 2. Float32 inputs are multiplied in full
-  precision. Reverse-mode derivatives of first order.
+  precision. Where weights rescale, the output is divided by their sum and rounded to the dtype of
+  the inputs, as a library kernel returns it, unless there are few queries. Reverse-mode derivatives
+  of first order.
 
   Args:
     q, k, v, spec, q_tokens, k_tokens: as for `attend`; shapes have been checked.
@@ -68,12 +72,12 @@ def partial(
     jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))), 1, 2
   )
   traced = None if isinstance(kinds, np.ndarray) else kinds
-  p = run.fold(
+  by_token = lambda x: jnp.swapaxes(x, 1, 2)[:, :T]
+  return of_kernel(run.algebra, *map(by_token, run.fold(
     heads(q, rows), heads(k, columns), heads(v, columns),
     [padded(operand, rows, columns) for operand in handed.operands],
     (sides(q_tokens, rows), sides(k_tokens, columns)), traced,
-  )  # fmt: skip
-  return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2)[:, :T], p)
+  )))  # fmt: skip
 
 
 def cut(spec: AttentionSpec, q, v, q_tokens, k_tokens, handed: Handed) -> Chosen:
@@ -122,11 +126,13 @@ def summary(spec: AttentionSpec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) ->
 class _Run:
   """The forward and the backward kernels of one call, as a function with a gradient.
 
-  A few queries, as in decoding, have a kernel of their own, unless a gradient is asked for.
+  It returns out (B, N, T, V), and (B, N, T) twice: where the algebra has peaks, out is divided by
+  the mass, and the logarithm of it, in the unit of peaks, comes first, else the mass; then the
+  count. A few queries, as in decoding, have a kernel of their own, unless a gradient is asked for.
   """
 
   def __init__(self, algebra: Algebra, handed: Handed, blocks: Chosen, interpret, kinds, T: int):
-    self.unit = math.log(2) if algebra.exp is jnp.exp2 else 1.0
+    self.algebra = algebra
     self.T = T
     self.kinds = kinds if isinstance(kinds, np.ndarray) else None
     layout = tuple(Operand(operand.pairs) for operand in handed.operands)
@@ -139,28 +145,30 @@ class _Run:
     """What was known before anything ran, which no argument of a traced function may be."""
     return self.kinds if kinds is None else kinds
 
-  def _few(self, q, k, v, operands, sides, kinds) -> Partial:
+  def _few(self, q, k, v, operands, sides, kinds):
     rows = [x if x.shape[2] == 1 else x[:, :, : self.T] for x in operands]
     parts = decode.decode(
       q[:, :, : self.T], k, v, sides[0][..., : self.T], sides[1], rows,
       jnp.asarray(self._plan(kinds)[:, 0]), block_k=self.blocks.forward.k, **self.how,
     )  # fmt: skip
-    seen = combined(parts, self.how["algebra"])
-    p = Partial(seen.out, seen.mass, seen.peak * self.unit, seen.count)
     more = (0, q.shape[2] - self.T)
-    return jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), more] + [(0, 0)] * (x.ndim - 3)), p)
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), more] + [(0, 0)] * (x.ndim - 3))
+    return tuple(map(pad, finished(parts, self.algebra)))
 
   def _forward(self, q, k, v, operands, sides, kinds):
     args = (q, k, v, *sides, operands, self._plan(kinds))
     out, stats = streaming.forward(*args, blocks=self.blocks.forward, **self.how)
-    mass, peak, count = (stats[:, :, row] for row in range(3))  # MASS, PEAK, COUNT
-    return Partial(out, mass, peak * self.unit, count), (q, k, v, operands, sides, kinds, peak)
+    size, count = (stats[:, :, row] for row in (streaming.SIZE, streaming.COUNT))
+    saved = (q, k, v, operands, sides, kinds, out, size)
+    return (out.astype(jnp.float32) if self.T <= FEW else out, size, count), saved
 
-  def _backward(self, residuals, grad: Partial):
-    q, k, v, operands, sides, kinds, peak = residuals
-    told = jnp.stack([jnp.maximum(peak, FLOOR), grad.mass], axis=2)
+  def _backward(self, saved, grads):
+    q, k, v, operands, sides, kinds, out, size = saved
+    dout, slope, _ = grads
+    pulled = lambda: (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    told = jnp.stack(self.algebra.told(size, slope, pulled), axis=2)  # ORIGIN, SLOPE
     told = jnp.pad(told, ((0, 0), (0, 0), (0, SUBLANES - told.shape[2]), (0, 0)))
-    args = (q, k, v, *sides, operands, self._plan(kinds), told, grad.out.astype(q.dtype))
+    args = (q, k, v, *sides, operands, self._plan(kinds), told, dout.astype(q.dtype))
     dq, dk, dv = streaming.gradients(*args, blocks=self.blocks.backward, **self.how)
     beside = lambda of, **which: of(*args, blocks=self.blocks.backward, **self.how, **which)
     layout = self.how["layout"]

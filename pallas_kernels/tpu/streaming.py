@@ -26,7 +26,8 @@ from pallas_kernels.varying import varying
 from pallas_kernels.visits import EMPTY, FIRST, LAST, Operand, occurring, visits
 
 F32 = jnp.float32
-MASS, PEAK, COUNT = range(3)  # rows of the statistics that `forward` returns
+MASS, PEAK, COUNT = range(3)  # rows of statistics
+SIZE = MASS  # and COUNT are those that `forward` returns
 ORIGIN, SLOPE = range(2)  # rows of what the backward kernels are told
 
 
@@ -44,7 +45,11 @@ def forward(
   blocks: Blocks = Blocks(),
   interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-  """sum_j w_j v_j of every query over its visible keys, and what it was measured by.
+  """sum_j w_j v_j of every query over its visible keys, and by what it was measured.
+
+  Where the algebra has peaks, the output is divided by the mass, sum_j |w_j|, of which the
+  logarithm is returned: of 16-bit inputs, nothing of float32 is written that is as large as the
+  output.
 
   Args:
     q: (B, N, T, H), T a multiple of `blocks.q`.
@@ -58,11 +63,13 @@ def forward(
     interpret: emulate on CPU, for tests: True, or `pltpu.InterpretParams`.
 
   Returns:
-    out (B, N, T, V) float32, and statistics (B, N, 8, T) float32, of which rows MASS, PEAK and
-    COUNT are meant; the peak is 0 where the algebra has none.
+    out (B, N, T, V) and statistics (B, N, 8, T) float32, of which rows SIZE and COUNT are meant. Of
+    an algebra that has peaks, out is divided by the mass and in the dtype of q, 0 where that is 0,
+    and SIZE is the logarithm of the mass, in the unit of peaks, -inf where that is 0. Otherwise out
+    is float32 and SIZE the mass.
   """
   call, plan = Call.of(q, k, v, blocks), visits(kinds)
-  peaks = algebra.height is not None
+  divided = algebra.height is not None
   where = lambda b, n, t, batch, line, at, flags: Place(b + batch[t], n, line[t], at[t])
   operand_specs, row, column = inputs_of(call, blocks, where, operands, layout)
   body = functools.partial(_forward_tile, algebra=algebra, blocks=blocks)
@@ -78,7 +85,7 @@ def forward(
     def _():
       for ref in (acc, mass, count):
         ref[...] = jnp.zeros(ref.shape, jnp.float32)
-      peak[...] = jnp.full(peak.shape, -jnp.inf if peaks else 0.0, jnp.float32)
+      peak[...] = jnp.full(peak.shape, -jnp.inf if divided else 0.0, jnp.float32)
       full[0] = 0
       stand(facts_refs[0], standing)
 
@@ -92,10 +99,12 @@ def forward(
 
     @pl.when((flags[t] & LAST) > 0)
     def _():
-      out_ref[...] = acc[...]
       stats_ref[...] = jnp.zeros(stats_ref.shape, jnp.float32)
-      stats_ref[MASS : MASS + 1] = jnp.sum(mass[...].T, axis=0, keepdims=True)
-      stats_ref[PEAK : PEAK + 1] = peak[...].T[:1]
+      if divided:
+        _divide(acc, mass, peak, out_ref, stats_ref, algebra=algebra, rows=blocks.rows)
+      else:
+        out_ref[...] = acc[...]
+        stats_ref[SIZE : SIZE + 1] = jnp.sum(mass[...].T, axis=0, keepdims=True)
       seen = jnp.sum(count[...].T, axis=0, keepdims=True)
       stats_ref[COUNT : COUNT + 1] = seen + full[0].astype(jnp.float32)
 
@@ -105,7 +114,8 @@ def forward(
     [*sides_of(q_side, k_side, blocks, where), *operand_specs,
      row(call.H), column(call.H), column(call.V)],
     [row(call.V), _statistics(blocks, where)],
-    [((call.B, call.N, call.T, call.V), F32), ((call.B, call.N, SUBLANES, call.T), F32)],
+    [((call.B, call.N, call.T, call.V), q.dtype if divided else F32),
+     ((call.B, call.N, SUBLANES, call.T), F32)],
     [pltpu.VMEM((blocks.q, call.V), jnp.float32), *[statistic] * 3,
      upright(blocks.q), pltpu.SMEM((1,), jnp.int32)],
     (eight(q_side), eight(k_side), *operands, q, k, v),
@@ -127,6 +137,18 @@ def _forward_tile(facts, masked, q_ref, k_ref, v_ref, acc, mass, peak, count, *,
     acc[rows] = (seen if factor is None else seen * wide(factor, read.shape[1])) + read
     if algebra.counts and masked:
       count[rows] += lanes(jnp.where(visible, 1.0, 0.0))
+
+
+def _divide(acc, mass, peak, out_ref, stats_ref, *, algebra: Algebra, rows: int):
+  """Writes a block of acc / mass, and the logarithm of the mass, some rows at once."""
+
+  @pl.loop(0, acc.shape[0] // rows)  # unrolled, it spills registers
+  def _(at):
+    here = pl.ds(pl.multiple_of(at * rows, rows), rows)
+    total = jnp.sum(mass[here], axis=1, keepdims=True)
+    out_ref[here] = (acc[here] / jnp.where(total > 0.0, total, 1.0)).astype(out_ref.dtype)
+    size = peak[here] + jnp.log(total) * (1 / algebra.base)
+    stats_ref[SIZE : SIZE + 1, here] = size.T[:1]
 
 
 def _pulled(
@@ -251,7 +273,8 @@ def gradients(
 
   Args:
     q, k, v, q_side, k_side, operands, kinds, algebra, layout, blocks, interpret: as for `forward`.
-    rows: (B, N, 8, T) float32; row ORIGIN is the peak, finite, and row SLOPE the cotangent of mass.
+    rows: (B, N, 8, T) float32; row ORIGIN is what weights are measured from, finite, and row SLOPE
+      the cotangent of the mass of weights so measured.
     grad: (B, N, T, V), the cotangent of out.
 
   Returns:
