@@ -12,8 +12,10 @@ import pytest
 import specs
 
 from attnx.attention import AttentionSpec, attend, masks
+from attnx.attention.partial import from_lse
 from attnx.core import registry
 from attnx.core.tokens import Tokens
+from attnx.sharded import ring, tree
 from attnx.sharded.halo import halo_attend
 from attnx.sharded.ring import ring_attend, striped, to_zigzag, zigzag
 from attnx.sharded.sequence import filled
@@ -273,6 +275,22 @@ def test_tokens_go_into_zigzag_and_back_in_two_sends(size):
   dealt = np.sort(np.asarray(there(x)).reshape(size, -1))
   np.testing.assert_array_equal(dealt, np.sort(zigzag(x.size, size).reshape(size, -1)))
   np.testing.assert_array_equal(back(x), x)
+
+
+@pytest.mark.parametrize("size", [8, 1])
+@pytest.mark.parametrize("layout", [ring, tree])
+def test_partials_that_come_divided_have_gradients(layout, size, monkeypatch):
+  """As library kernels return them, and attnx's own."""
+  sums, name = layout.attend_partial, layout.__name__.rpartition(".")[2]
+
+  def divided(*args, **how):
+    p = sums(*args, **how)
+    return from_lse(p.out / p.mass[..., None], p.peak + jnp.log(p.mass), p.count)
+
+  of = PARTS["plain"], Tokens.of_length(T)
+  expected = value_and_gradients(alone, *of)
+  monkeypatch.setattr(layout, "attend_partial", divided)
+  specs.assert_close(value_and_gradients(split(name, size), *of), expected, **CLOSE)
 
 
 def test_a_ring_sends_keys_and_a_tree_only_results():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -163,9 +164,10 @@ ring.defvjp(forward, backward)
 
 
 def see(spec: AttentionSpec, q: jax.Array, q_tokens: Tokens, keys: Keys) -> Partial:
-  """Attention over the keys of one shard."""
+  """Attention over the keys of one shard, as sums: `backward` pulls back no `whole`."""
   k, v, k_tokens = keys
-  return attend_partial(q, k, v, spec, q_tokens=q_tokens, k_tokens=k_tokens)
+  p = attend_partial(q, k, v, spec, q_tokens=q_tokens, k_tokens=k_tokens)
+  return dataclasses.replace(p, whole=None)
 
 
 def onward(tree: Any, axis_name: str) -> Any:

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from pallas_kernels.algebra import LANES, Algebra, Facts, Side
 from pallas_kernels.decoding import GROUP, Call, Partials, check_beside, packed, planned, scales
 from pallas_kernels.tpu import decode_call
-from pallas_kernels.tpu.streaming import COUNT, MASS, PEAK
 from pallas_kernels.tpu.walk import dot, lanes, weigh, wide
 from pallas_kernels.visits import EMPTY, FULL, PARTIAL, Operand
 
+MASS, PEAK, COUNT = range(3)  # rows of the statistics
 SENT = 4  # copies of pages that are started in one turn of a loop
 
 

@@ -26,8 +26,7 @@ from pallas_kernels.varying import varying
 from pallas_kernels.visits import EMPTY, FIRST, LAST, Operand, occurring, visits
 
 F32 = jnp.float32
-MASS, PEAK, COUNT = range(3)  # rows of statistics
-SIZE = MASS  # and COUNT are those that `forward` returns
+SIZE, COUNT = range(2)  # rows of the statistics that `forward` returns
 ORIGIN, SLOPE = range(2)  # rows of what the backward kernels are told
 
 
