@@ -4,6 +4,7 @@ No GPU is wanted. cuDNN's two calls are replaced by the formulas that they compu
 where cuDNN promises nothing; `cuda` tests compile the calls for an H100 ahead of time.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnx.attention import AttentionSpec, cudnn, masks, reference, transforms
+from attnx.attention import AttentionSpec, api, cudnn, masks, reference, transforms
 from attnx.attention.cudnn_spec import Asked, read
 from attnx.attention.masks import Causal, Window
 from attnx.attention.normalisers import Softmax
@@ -428,6 +429,26 @@ def case(
 
   places = tuple(range(len(shapes)))
   return jax.grad(loss, places), [jax.ShapeDtypeStruct(x, jnp.dtype(dtype)) for x in shapes]
+
+
+@pytest.mark.parametrize("T, H, spec, taken", [
+  (128, 64, AttentionSpec(), "cudnn"),
+  (128, 256, AttentionSpec(), "mosaic_gpu"),
+  (128, 64, AttentionSpec(mask=Causal()), "mosaic_gpu"),
+  (1, 128, AttentionSpec(mask=Causal()), "cudnn"),
+])  # fmt: skip
+def test_auto_takes_what_was_faster_where_both_can_run(T, H, spec, taken, monkeypatch):
+  can = lambda name, reason: monkeypatch.setitem(api.IMPLEMENTATIONS, name, dataclasses.replace(
+    api.IMPLEMENTATIONS[name], refusal=lambda *call: reason
+  ))  # fmt: skip
+  q, k = (jax.ShapeDtypeStruct((1, length, 2, H), jnp.bfloat16) for length in (T, 128))
+  at = Tokens.of_length(T, offset=128 - T), Tokens.of_length(128)
+  can("cudnn", None)
+  can("mosaic_gpu", None)
+  assert api.choose(q, k, k, spec, *at) == taken
+  assert api.choose(q, k, k, spec, *at, implementation="cudnn") == "cudnn"
+  can("mosaic_gpu", "is not for this GPU")
+  assert api.choose(q, k, k, spec, *at) == "cudnn"
 
 
 @pytest.fixture(scope="module")
