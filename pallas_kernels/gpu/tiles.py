@@ -116,7 +116,7 @@ class Order(NamedTuple):
     return cls(heads, lines, together)
 
   def at(self, number: Any) -> tuple[Any, Any]:
-    """The head, over the batch too, and the line that are worked on as so manieth."""
+    """The head, over the batch too, and the line of a number in this order."""
     known = isinstance(number, np.ndarray)
     div, rem = (np.floor_divide, np.remainder) if known else (lax.div, lax.rem)
     together, chunk = np.int32(self.together), np.int32(self.together * self.lines)
