@@ -117,9 +117,9 @@ def check_beside(call: Call, q_side, k_side, operands, layout, kinds, pages, len
 
 def planned(call: Call, kinds: Any, lengths: Any) -> Any:
   """The kinds of tiles (B, tiles) with lengths (B,) in them: nothing is FULL that ends early."""
-  xp: Any = np if not {type(kinds), type(lengths)} - {np.ndarray, type(None)} else jnp
   first = np.arange(call.tiles) * call.block
   kinds = np.full((1, call.tiles), PARTIAL) if kinds is None else kinds
+  xp: Any = np if isinstance(kinds, np.ndarray) and isinstance(lengths, np.ndarray) else jnp
   whole = first + call.block <= lengths[:, None]
   kinds = xp.where(whole, kinds, xp.minimum(kinds, PARTIAL))
   return xp.where(first < lengths[:, None], kinds, EMPTY).astype(np.int32)

@@ -90,9 +90,11 @@ def choose(q, k, v, spec: AttentionSpec, *tokens: Tokens, implementation: str = 
   for name in IMPLEMENTATIONS if implementation == "auto" else [implementation]:
     if name not in IMPLEMENTATIONS:
       raise ValueError(f"implementation={name!r} is not one of {['auto', *IMPLEMENTATIONS]}")
+    other = IMPLEMENTATIONS[name].slower(*call) if implementation == "auto" else None
+    if other is not None and IMPLEMENTATIONS[other].why_not(*call) is None:
+      return other  # before `name` is asked, which for cuDNN means to build the call
     if (reason := IMPLEMENTATIONS[name].why_not(*call)) is None:
-      other = IMPLEMENTATIONS[name].slower(*call) if implementation == "auto" else None
-      return name if other is None or IMPLEMENTATIONS[other].why_not(*call) else other
+      return name
     refusals[name] = reason
   raise UnsupportedError(
     "no implementation can run this call:\n"

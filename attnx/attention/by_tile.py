@@ -19,6 +19,8 @@ from attnx.core.tokens import Tokens
 from pallas_kernels.algebra import Algebra, Facts, Side, softmax
 from pallas_kernels.tpu import lookup
 
+FEW = 16  # queries that are decoding and not training
+
 
 @dataclasses.dataclass(frozen=True)
 class _Table(Table):

@@ -14,6 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 import jax.numpy as jnp
 import numpy as np
 
+from attnx.attention.by_tile import FEW
 from attnx.attention.cudnn_spec import Asked, read
 from attnx.attention.masks import Everything, pick
 from attnx.attention.partial import Partial, from_lse
@@ -206,7 +207,7 @@ def slower(q, k, v, spec: AttentionSpec, *tokens: Tokens) -> str | None:
 
   These are calls with a mask or wide heads. See experiments/gpu_attention.
   """
-  few, wide = q.shape[1] <= 16, max(q.shape[3], v.shape[3]) > 128
+  few, wide = q.shape[1] <= FEW, max(q.shape[3], v.shape[3]) > 128
   masked = not isinstance(spec.mask, Everything)
   return "mosaic_gpu" if (masked or wide) and not few and not spec.transforms else None
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from attnx.attention import by_tile
 from attnx.attention import plan as plans
+from attnx.attention.by_tile import FEW
 from attnx.attention.handed import (
   Handed, all_exist, cotangents, hand_over, of_kernel, outlined, padded, sides,
 )  # fmt: skip
@@ -27,7 +28,6 @@ from pallas_kernels.gpu import backward, decode, decode_call, streaming
 from pallas_kernels.gpu.tiles import Chosen, choose
 from pallas_kernels.visits import Operand
 
-FEW = 16  # queries that are decoding and not training
 LIST = 2**24  # tiles of a plan, of which a kernel reads one number each: 64 MiB
 WIDTHS = range(32, 257, 32)  # of heads
 

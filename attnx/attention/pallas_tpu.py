@@ -14,6 +14,7 @@ import numpy as np
 
 from attnx.attention import by_tile
 from attnx.attention import plan as plans
+from attnx.attention.by_tile import FEW
 from attnx.attention.handed import (
   Handed, all_exist, cotangents, hand_over, of_kernel, outlined, padded, sides,
 )  # fmt: skip
@@ -30,7 +31,6 @@ from pallas_kernels.tpu.walk import SUBLANES, Blocks
 from pallas_kernels.visits import Operand
 
 LIST = 60_000  # tiles of a plan that the scalar memory of a chip holds, 1 MiB
-FEW = 16  # queries that are decoding and not training
 START = 0.15 * 2**20  # pairs of a tile that take as long as what is around its pieces
 
 

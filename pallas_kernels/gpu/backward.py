@@ -27,7 +27,7 @@ from pallas_kernels.gpu.tiles import (
   COLUMN, ROW, SHARED, TILE, Blocks, Order, Warpgroup, eights, inlined, lists, smem, somewhere,
   whole,
 )  # fmt: skip
-from pallas_kernels.visits import EMPTY, Operand, occurring
+from pallas_kernels.visits import EMPTY, Operand
 
 F32 = jnp.float32
 ORIGIN, SLOPE = range(2)  # rows of what the kernels are told
@@ -136,7 +136,7 @@ def _gradient_of_queries(
       turns.take()
       products = unit.product(q_tile, k_tile, meanwhile=turns.give)
       sums = unit.full((bq, H), 0.0, TILE), *(unit.full((bq,), 0.0, ROW) for _ in tables)
-      _, dq_tile, *seen = _visit(step, here, (products, *sums), kinds)
+      _, dq_tile, *seen = here.fold(step, (products, *sums), kinds)
       write((q_tile, dq_tile, dq.at[b, mine, n]))
       for ref, x in zip(tables, seen, strict=True):
         ref[b, n, mine] = x
@@ -281,8 +281,9 @@ def gradient_of_keys(
         facts = facts_of(t, side)
         forth, back = _pulled(algebra, unit, masked, facts, still, told_of(told), axis=1)
         work = lambda: forth(products)
-        found = unit.product_beside(v_tile, grad_tile, work, blocks.beside)
-        cotangents, (edited, saved) = found
+        cotangents, (edited, saved) = unit.product_beside(
+          v_tile, grad_tile, work, blocks.beside
+        )  # fmt: skip
         products, _ = back(saved, cotangents)
         edited, products = (x.astype(q_tile.dtype) for x in (edited, products))
         ready(t + 1, t + 1 < here.visits, q_ring)
@@ -346,7 +347,7 @@ def gradient_of_keys(
         return added(dk, products.astype(q_tile.dtype), q_tile, t, first=grad_ring, last=q_ring)
 
       zeros = lambda width: unit.full((bs, width), 0.0, TILE)
-      fold = lambda step, sums: _visit(step, here, sums, kinds)
+      fold = lambda step, sums: here.fold(step, sums, kinds)
       dk_out, dv_out = dk.at[b, mine, head], dv.at[b, mine, head]
       if not apart:
         turns.begin()
@@ -359,15 +360,15 @@ def gradient_of_keys(
 
       @pl.when(w == 0)
       def _():
-        ready(0, here.visits > 0, q_ring)
+        wait(q_ring, 0)
         dv_tile = fold(values, zeros(V))
-        pl.when(here.visits > 0)(lambda: plgpu.barrier_wait(handed[2]))  # values have been read
+        plgpu.barrier_wait(handed[2])  # values have been read
         turns.take()
         write((v_tile, dv_tile, dv_out))
 
       @pl.when(w == 1)
       def _():
-        ready(0, here.visits > 0, grad_ring)
+        wait(grad_ring, 0)
         turns.give()
         write((k_tile, fold(keys, zeros(H)), dk_out))
 
@@ -501,16 +502,6 @@ def _check(q, k, v, grad, operands) -> None:
   assert k.shape == (B, S, K, H) and N % K == 0, (q.shape, k.shape, v.shape)
   assert grad.shape == (*q.shape[:3], V) and grad.dtype == q.dtype, (grad.shape, grad.dtype)
   assert all(x.ndim == 4 for x in operands), [x.shape for x in operands]
-
-
-def _visit(step: Callable, here: Line, sums, kinds):
-  """step(masked, t, sums) for the visits of a line, without masks for the first `full`."""
-  whole_occurs, some_occurs = occurring(kinds)
-  if whole_occurs:
-    sums = lax.fori_loop(0, here.full, functools.partial(step, False), sums)
-  if some_occurs:
-    sums = lax.fori_loop(here.full, here.visits, functools.partial(step, True), sums)
-  return sums
 
 
 def _pulled(

@@ -91,6 +91,12 @@ def multiply(pairs: Sequence[Pair], plan: Plan, acc: jax.Array | None = None) ->
   return pl.run_state(run)(plgpu.ACC.init(acc))
 
 
+def in_parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """x in float32 as a sum of two in bfloat16, good to 2^-16."""
+  high = x.astype(DTYPE)
+  return high, (x - high.astype(jnp.float32)).astype(DTYPE)
+
+
 def _result(pair: Pair) -> tuple[int, int]:
   """The shape of a product of tiles."""
   i, j = (1 - axis for axis in AXES[pair.kind])

@@ -17,8 +17,8 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels.gpu.chunk_scan import (
-  C, COLUMNS, DTYPE, SHAPE, Correction, Pair, Plan, Span, diagonal, halves, launch, mask, multiply,
-  shared, tile_at, tokens_of,
+  C, COLUMNS, DTYPE, SHAPE, Correction, Pair, Plan, Span, diagonal, halves, in_parts, launch, mask,
+  multiply, shared, tile_at, tokens_of,
 )  # fmt: skip
 from pallas_kernels.gpu.tiles import COLUMN, ROW, TILE, Warpgroup, smem
 
@@ -113,7 +113,7 @@ def inverse(lower: Any, parts: Any, plan: Plan) -> jax.Array:
   blocks = lambda m: jnp.where(halves(m, wg), lower[...], 0.0)
 
   def times(x, y):
-    (high, low), (right, rest) = _parts(x), _parts(y)
+    (high, low), (right, rest) = in_parts(x), in_parts(y)
     parts.at[0][...], parts.at[1][...] = right, rest
     plgpu.commit_smem()
     pairs = [(high, 0), (high, 1), (low, 0)]
@@ -127,12 +127,6 @@ def inverse(lower: Any, parts: Any, plan: Plan) -> jax.Array:
 
   found = jnp.where(diagonal(wg), 1.0, 0.0) - blocks(1)
   return lax.fori_loop(0, STEPS, double, found)
-
-
-def _parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """x in float32 as a sum of bfloat16."""
-  high = x.astype(DTYPE)
-  return high, (x - high.astype(jnp.float32)).astype(DTYPE)
 
 
 def _here(plan: Plan) -> tuple[Plan, Any, Any, Any]:

@@ -23,7 +23,8 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 
 from pallas_kernels.gpu.chunk_scan import (
-  C, DTYPE, Pair, Plan, Span, diagonal, halves, launch, mask, multiply, shared, tile_at, tokens_of,
+  C, DTYPE, Pair, Plan, Span, diagonal, halves, in_parts, launch, mask, multiply, shared, tile_at,
+  tokens_of,
 )  # fmt: skip
 from pallas_kernels.gpu.tiles import COLUMN, TILE, Warpgroup, smem
 from pallas_kernels.tpu.linear_recurrence import FLOOR
@@ -109,9 +110,7 @@ class _Chunk(NamedTuple):
 
   def split(self, x: jax.Array) -> None:
     """Leaves x in shared memory, for `sums`."""
-    high = x.astype(DTYPE)
-    self.parts.at[0][...] = high
-    self.parts.at[1][...] = (x - high.astype(jnp.float32)).astype(DTYPE)
+    self.parts.at[0][...], self.parts.at[1][...] = in_parts(x)
     plgpu.commit_smem()
 
   def ones(self, span: Span) -> jax.Array:

@@ -5,8 +5,9 @@ One warpgroup moves tiles through rings in shared memory; the others multiply.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.gpu.tiles import COMPILER, Order
 from pallas_kernels.varying import varying
+from pallas_kernels.visits import occurring
 
 REGISTERS = {1: (240, 24), 2: (240, 24), 3: (160, 24)}  # of those that multiply, and that move
 
@@ -59,6 +61,15 @@ class Line(NamedTuple):
   def numbers(self) -> tuple:
     """All of it that is known at run time only."""
     return self.b, self.n, self.line, self.full, self.visits
+
+  def fold(self, step: Callable, sums: Any, kinds: Any) -> Any:
+    """step(masked, t, sums) for its visits, without masks for the first `full`."""
+    whole_occurs, some_occurs = occurring(kinds)
+    if whole_occurs:
+      sums = lax.fori_loop(0, self.full, functools.partial(step, False), sums)
+    if some_occurs:
+      sums = lax.fori_loop(self.full, self.visits, functools.partial(step, True), sums)
+    return sums
 
   def of(self, ref):
     """The index in an array whose first axis is the batch, or one."""

@@ -26,7 +26,7 @@ from pallas_kernels.gpu.tiles import (
   COLUMN, ROW, SHARED, TILE, Blocks, Order, Warpgroup, eights, inlined, lists, smem, somewhere,
   whole,
 )  # fmt: skip
-from pallas_kernels.visits import Operand, occurring
+from pallas_kernels.visits import Operand
 
 F32 = jnp.float32
 SIZE, COUNT = range(2)  # rows of the statistics that `forward` returns
@@ -80,7 +80,6 @@ def forward(
   assert q_side.shape[2] == rows >= T and k_side.shape[2] == columns >= S, (T, S, blocks)
   kinds = somewhere(kinds)
   plan, unit = lists(kinds), Warpgroup(interpret)
-  whole_occurs, some_occurs = occurring(kinds)
   order = Order.of(B * N, lines, S * (H + V) * q.dtype.itemsize * K // N)
   one = all(x.shape[2:] == (1, 1) for x in operands)
   divided = algebra.height is not None
@@ -170,11 +169,7 @@ def forward(
           statistic(-jnp.inf if divided else 0.0),
           statistic(here.full * bk if algebra.counts else 0.0),
         )  # fmt: skip
-        if whole_occurs:
-          carry = lax.fori_loop(0, here.full, functools.partial(step, False), carry)
-        if some_occurs:
-          carry = lax.fori_loop(here.full, here.visits, functools.partial(step, True), carry)
-        products, acc, mass, peak, count = carry
+        products, acc, mass, peak, count = here.fold(step, carry, kinds)
         if divided:
           acc = acc * unit.wide(1.0 / jnp.where(mass > 0.0, mass, 1.0), acc.shape)
           mass = peak + jnp.log(mass) * (1 / algebra.base)
