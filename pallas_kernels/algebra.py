@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.scaled import scaled
+from pallas_kernels.scaled import Scaled
 
 LANES = 128
 FLOOR = float(jnp.finfo(jnp.float32).min)
@@ -54,11 +54,12 @@ class Algebra:
   """Products q k^T of a tile to weights; all arrays are float32 tiles of one shape.
 
   Attributes:
-    score: (products, facts) -> scores.
+    score: (products, facts) -> scores. Where there is `leading`, a third argument may tell by what
+      products have been multiplied already.
     visible: facts -> bool, which pairs meet; broadcasts to the tile. Called on PARTIAL tiles only.
     weigh: (scores, visible, peak) -> weights, zero where not visible; `visible` is True on FULL
       tiles, and `peak` is finite and broadcasts to the tile.
-    edit: (weights, facts) -> the weights that read values.
+    edit: (weights, facts) -> the weights that read values; None: they are.
     height: scores -> what the running peak of a row is the maximum of; None: weights are measured
       from zero.
     unit: what the peaks of heights are multiplied by: `weigh` does so to scores, pair by pair,
@@ -70,12 +71,14 @@ class Algebra:
       then told True for `visible`.
     turns: whether all of this may be asked about (K, Q) tiles; False where it looks along an axis.
     counts: whether the visible keys of a row are counted; their number is 0 otherwise.
+    leading: (shape of products, facts) -> the number by which `score` multiplies products before
+      anything else, 1 if there is none: a kernel may do so to queries, and tell `masked`.
   """
 
-  score: Callable[[jax.Array, Facts], jax.Array]
+  score: Callable[..., jax.Array]
   visible: Callable[[Facts], Any]
   weigh: Callable[[jax.Array, Any, jax.Array], jax.Array]
-  edit: Callable[[jax.Array, Facts], jax.Array]
+  edit: Callable[[jax.Array, Facts], jax.Array] | None = None
   height: Callable[[jax.Array], jax.Array] | None = None
   unit: float = 1.0
   exp: Callable[[jax.Array], jax.Array] = jnp.exp
@@ -83,6 +86,7 @@ class Algebra:
   drops: bool = False
   turns: bool = True
   counts: bool = True
+  leading: Callable[[jax.ShapeDtypeStruct, Facts], float] = lambda products, facts: 1.0
 
   @property
   def base(self) -> float:
@@ -107,19 +111,24 @@ class Algebra:
     return jnp.where(jnp.isneginf(size), -FLOOR, size), slope / self.base - pulled()
 
   def masked(
-    self, products: jax.Array, facts: Facts, mask: bool, exist: Any = True
+    self, products: jax.Array, facts: Facts, mask: bool, exist: Any = True, given: float = 1.0
   ) -> tuple[jax.Array, Any, Any]:
     """Scores, what is visible, and what `weigh` has to be told of it; all if not `mask`.
 
-    Only pairs that `exist` are visible, for kernels that know of some that do not.
+    Only pairs that `exist` are visible, for kernels that know of some that do not. Products have
+    been multiplied by `given`, which is 1 or what `leading` says.
     """
-    scores = self.score(products, facts)
+    scores = self.score(products, facts, *([] if given == 1 else [given]))
     if not mask:
       return scores, True, True
     visible = jnp.broadcast_to(self.visible(facts) & exist, scores.shape)
     if not self.drops:
       return scores, visible, visible
     return jnp.where(visible, scores, -jnp.inf), visible, True
+
+  def edited(self, weights: jax.Array, facts: Facts) -> jax.Array:
+    """The weights that read values."""
+    return weights if self.edit is None else self.edit(weights, facts)
 
   def peak(self, scores: jax.Array, visible: Any, axis: int) -> jax.Array:
     """The height of the highest visible pair along the keys, -inf where there is none."""
@@ -135,7 +144,7 @@ def softmax(
   *,
   score: Callable[[jax.Array, Facts], jax.Array] | None = None,
   visible: Callable[[Facts], Any] = lambda facts: True,
-  edit: Callable[[jax.Array, Facts], jax.Array] = lambda weights, facts: weights,
+  edit: Callable[[jax.Array, Facts], jax.Array] | None = None,
   turns: bool = True,
   counts: bool = True,
   late: bool = False,
@@ -156,10 +165,15 @@ def softmax(
   unit = math.log2(math.e)
   factor = scale * unit if late and score is None and scale > 0 else 1.0  # of scores to peaks
 
-  def scores_of(products: jax.Array, facts: Facts) -> jax.Array:
+  def scores_of(products: jax.Array, facts: Facts, given: float = 1.0) -> jax.Array:
     if score is None:
-      return products if factor != 1 else products * (scale * unit)
-    return scaled(lambda products: score(products, facts), scale, unit)(products)
+      return products if factor != 1 or given != 1 else products * (scale * unit)
+    return Scaled(lambda products: score(products, facts), scale, unit)(products, given)
+
+  def leading(products: jax.ShapeDtypeStruct, facts: Facts) -> float:
+    if score is None:
+      return scale * unit if factor == 1 else 1.0
+    return Scaled(lambda products: score(products, facts), scale, unit).leading(products)
 
   def weigh(scores: jax.Array, seen: Any, peak: jax.Array) -> jax.Array:
     assert seen is True
@@ -168,5 +182,5 @@ def softmax(
   return Algebra(
     scores_of, visible, weigh, edit,
     height=lambda scores: scores, unit=factor, exp=jnp.exp2, signed=False, drops=True, turns=turns,
-    counts=counts,
+    counts=counts, leading=leading,
   )  # fmt: skip

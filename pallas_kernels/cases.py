@@ -41,7 +41,7 @@ def attention(kernel: str, H: int, V: int, dtype: str, options: dict[str, Any], 
   import numpy as np
 
   from pallas_kernels.algebra import softmax
-  from pallas_kernels.tpu import streaming
+  from pallas_kernels.tpu import backward, streaming
   from pallas_kernels.tpu.walk import Blocks
   from pallas_kernels.visits import FULL
 
@@ -55,7 +55,8 @@ def attention(kernel: str, H: int, V: int, dtype: str, options: dict[str, Any], 
 
   def run(q, k, v, q_side, k_side, *told):
     how = dict(algebra=softmax(H**-0.5, **edits), blocks=blocks)
-    return getattr(streaming, kernel)(q, k, v, q_side, k_side, (), kinds, *told, **how)
+    of = streaming.forward if kernel == "forward" else backward.gradients
+    return of(q, k, v, q_side, k_side, (), kinds, *told, **how)
 
   return run, shapes
 

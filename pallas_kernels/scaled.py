@@ -12,11 +12,11 @@ import jax
 from jax import lax
 from jax.extend import core
 import jax.numpy as jnp
+import numpy as np
 
 
-def scaled(
-  fn: Callable[[jax.Array], jax.Array], before: float, after: float
-) -> Callable[[jax.Array], jax.Array]:
+@dataclasses.dataclass(frozen=True)
+class Scaled:
   """x -> after * fn(before * x), with as few products of whole tiles as its sums and factors allow.
 
   after * cap * tanh(before * x / cap) is (after cap) tanh((before / cap) x), and
@@ -29,12 +29,28 @@ def scaled(
     before, after: factors, the latter positive.
   """
 
-  def run(x: jax.Array) -> jax.Array:
-    traced = jax.make_jaxpr(lambda x: fn(x * before))(x)
-    (out,) = _nodes(traced.jaxpr, [_Node(value=c) for c in traced.consts], [_Node(value=x)])
-    return _Fold(out).times(out, after)
+  fn: Callable[[jax.Array], jax.Array]
+  before: float
+  after: float
 
-  return run
+  def __call__(self, x: jax.Array, given: float = 1.0) -> jax.Array:
+    """The value at x / given: 1, or what `leading` says, which is then no product of a tile."""
+    return self._folded(x, given)[0]
+
+  def leading(self, x: jax.ShapeDtypeStruct) -> float:
+    """The one number that multiplies x wherever it is read, 1 if there is none."""
+    asked: list[Any] = []
+    jax.eval_shape(lambda x: asked.extend(self._folded(x, 1.0)[1]), x)
+    known = all(isinstance(factor, float | np.generic) for factor in asked)
+    return float(asked[0]) if known and len(set(map(float, asked))) == 1 else 1.0
+
+  def _folded(self, x: jax.Array, given: float) -> tuple[jax.Array, list[Any]]:
+    """The value, and the factors of x."""
+    traced = jax.make_jaxpr(lambda x: self.fn(x * self.before))(x)
+    leaf = _Node(value=x)
+    (out,) = _nodes(traced.jaxpr, [_Node(value=c) for c in traced.consts], [leaf])
+    fold = _Fold(out, leaf, given)
+    return fold.times(out, self.after), fold.asked
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +98,8 @@ def evaluated(jaxpr: Any, eqn: Any, inputs: Sequence[Any]) -> list:
 class _Fold:
   """Evaluates nodes, each times a factor that sinks to where it costs the least."""
 
-  def __init__(self, out: _Node):
+  def __init__(self, out: _Node, leaf: _Node, given: float):
+    self.leaf, self.given, self.asked = leaf, given, []  # type: _Node, float, list[Any]
     self.known: dict[tuple[int, ...], list] = {}
     self.readers: Counter[int] = Counter()
     seen, stack = {id(out)}, [out]
@@ -94,6 +111,8 @@ class _Fold:
           stack.append(node)
 
   def value(self, node: _Node) -> Any:
+    if node is self.leaf:
+      return self.of_leaf(1.0)
     if node.eqn is None:
       return node.value
     key = (id(node.eqn), *map(id, node.inputs))
@@ -141,5 +160,16 @@ class _Fold:
           return lax.abs(sink(node.inputs[0]))
         case "broadcast_in_dim":
           return node.eqn.primitive.bind(sink(node.inputs[0]), **node.eqn.params)
-    value = self.value(node)
-    return value * jnp.asarray(factor, node.aval.dtype)
+    if node is self.leaf:
+      return self.of_leaf(factor)
+    return self.value(node) * jnp.asarray(factor, node.aval.dtype)
+
+  def of_leaf(self, factor: Any) -> jax.Array:
+    """factor * x, where x has been multiplied by `given`."""
+    self.asked.append(factor)
+    if self.given != 1:
+      assert float(factor) == self.given, (factor, self.given)
+      return self.leaf.value
+    return self.leaf.value if isinstance(factor, float) and factor == 1 else (
+      self.leaf.value * jnp.asarray(factor, self.leaf.aval.dtype)
+    )

@@ -6,7 +6,7 @@
 
 What is compared are bundles of the body region per 512 x 512 scores, in tiles that no mask crosses;
 pallas_kernels/aot.py says what a bundle is. The kernels of a shape (forward, backward) share q and
-k, since they share the plan of tiles; rows, columns and ahead are chosen for each. Of pieces
+k, since they share the plan of tiles; rows, columns, ahead and lying are chosen for each. Of pieces
 within 1 %, those are taken that spill the fewest registers. Of tiles, the one with the least
 
   bundles of both + 2 * 300 * 512^2 / (q k)
@@ -16,10 +16,10 @@ pairs; a caller whose mask leaves few of a tile takes smaller ones. What takes m
 compiler grants a kernel on the chip, less a margin for masks and operands, is out. So are tiles of
 more than 32 pieces, which take minutes to compile.
 
-The search descends from what the table says, or where it says nothing from two points, by steps
-along ahead, columns or rows, at one size of tiles; then it tries the other sizes with what it
-found, and descends again at the best of them. A shape after the first that the table does not know
-begins where the first ended, and tries the sizes that were within 3 % there.
+The search descends from what the table says, or where it says nothing from three points, by steps
+along ahead, columns, rows or lying, at one size of tiles; then it tries the other sizes with what
+it found, and descends again at the best of them. A shape after the first that the table does not
+know begins where the first ended, and tries the sizes that were within 3 % there.
 
 Every figure is kept in a file as it comes (--kept), beside a digest of the kernels and the releases
 of JAX and libtpu that it holds for. After Ctrl-C the same command goes on where it stopped; tables
@@ -57,9 +57,13 @@ SIZES = (
 )  # fmt: skip
 MOST = 32  # pieces of a tile, all of which the code of a kernel holds
 LEAST = (512, 512)  # the tile of shapes for which BASE has no room
-PIECES = dict(ahead=(0, 1, 2, 3, 4, 6), columns=(512, 1024, 2048), rows=(128, 256, 512, 1024))
+PIECES = dict(
+  ahead=(0, 1, 2, 3, 4, 5, 6, 7), columns=(256, 512, 1024, 2048), rows=(128, 256, 512, 1024),
+  lying=(False, True),
+)  # fmt: skip
 BASE = (1024, 1024)  # the tile at which the search begins
-STARTS = [(512, 512, 0), (128, 1024, 2)]  # rows, columns, ahead
+STARTS = [(512, 512, 0, False), (128, 1024, 2, False), (256, 512, 3, True)]
+NAMES = ("rows", "columns", "ahead", "lying")  # of what a start says
 NEAR = 1.03  # of the least cost: tiles that the shapes after the first are tried at
 STEP = 300  # bundles of a grid step around its body, most of them scalar work for copies
 UNIT = 512 * 512
@@ -137,7 +141,8 @@ def releases() -> dict[str, str]:
 def digest() -> str:
   """Of what a figure depends on: the kernels, their cases, and the compiler."""
   here = pathlib.Path(__file__).parent
-  names = ("cases", "algebra", "scaled", "products", "visits", "tpu/walk", "tpu/streaming")
+  names = ("cases", "algebra", "scaled", "products", "visits", "tpu/walk", "tpu/streaming",
+           "tpu/backward")
   sources = [(here / f"{name}.py").read_bytes() for name in names]
   return hashlib.sha256(b"\0".join([*sources, json.dumps(releases()).encode()])).hexdigest()[:16]
 
@@ -194,17 +199,17 @@ class Bench:
     )  # fmt: skip
 
 
-def blocks_of(q: int, k: int, pieces: tuple[int, int, int]) -> Blocks:
+def blocks_of(q: int, k: int, pieces: tuple[int, int, int, bool]) -> Blocks:
   """Blocks with these pieces, cut down to the tile; no more of them ahead than there are."""
   rows, columns = min(q, pieces[0]), min(k, pieces[1])
-  return Blocks(q, k, rows, columns, min(pieces[2], q * k // (rows * columns) - 1))
+  return Blocks(q, k, rows, columns, min(pieces[2], q * k // (rows * columns) - 1), pieces[3])
 
 
 def beside(cut: Blocks, name: str) -> list[Blocks]:
   """`cut` between its neighbours along one of PIECES."""
   asked = [dataclasses.asdict(cut) | {name: value} for value in PIECES[name]]
   line = list(dict.fromkeys(
-    blocks_of(cut.q, cut.k, (a["rows"], a["columns"], a["ahead"])) for a in asked
+    blocks_of(cut.q, cut.k, tuple(a[name] for name in NAMES)) for a in asked
   ))  # fmt: skip
   at = line.index(cut)
   return line[max(at - 1, 0) : at + 2]
@@ -268,8 +273,10 @@ def descent(bench: Bench, shape: Shape, q: int, k: int, starts: dict[str, Any]) 
   return Tile(q, k, {kernel: best(found[kernel]) for kernel in KERNELS})
 
 
-def pieces_of(tile: Tile) -> dict[str, tuple[int, int, int]]:
-  return {kernel: (cut.rows, cut.columns, cut.ahead) for kernel, (cut, _) in tile.chosen.items()}
+def pieces_of(tile: Tile) -> dict[str, Any]:
+  return {
+    kernel: tuple(getattr(cut, name) for name in NAMES) for kernel, (cut, _) in tile.chosen.items()
+  }
 
 
 def search(bench: Bench, shape: Shape, like: Sequence[Tile] = ()) -> list[Tile]:
@@ -285,7 +292,7 @@ def search(bench: Bench, shape: Shape, like: Sequence[Tile] = ()) -> list[Tile]:
   starts = first = dict.fromkeys(KERNELS, STARTS)
   if told := known(bench.chip, shape):
     begin = (told["q"], told["k"])
-    starts = {n: [tuple(told[n][name] for name in ("rows", "columns", "ahead"))] for n in KERNELS}
+    starts = {n: [tuple(told[n][name] for name in NAMES)] for n in KERNELS}
   elif like:
     ended = settle(like)
     sizes = [(tile.q, tile.k) for tile in like if tile.cost <= NEAR * ended.cost]
@@ -338,7 +345,7 @@ def entry_of(shape: Shape, tile: Tile) -> dict[str, Any]:
   """What the table of a chip holds of a shape."""
   entry: dict[str, Any] = dataclasses.asdict(shape) | dict(q=tile.q, k=tile.k)
   for kernel, (cut, told) in tile.chosen.items():
-    entry[kernel] = dict(rows=cut.rows, columns=cut.columns, ahead=cut.ahead) | told._asdict()
+    entry[kernel] = {name: getattr(cut, name) for name in NAMES} | told._asdict()
   return entry | releases()
 
 
@@ -352,14 +359,14 @@ def write(path: pathlib.Path, entry: dict[str, Any]) -> None:
 def shown(chip: str, shape: Shape, tiles: Sequence[Tile]) -> str:
   """The choice as a table, and what it was chosen from."""
   chosen = settle(tiles)
-  head = ("kernel", "rows", "columns", "ahead", "bundles", "MXU", "spills", "VMEM")
+  head = ("kernel", *NAMES, "bundles", "MXU", "spills", "VMEM")
   lines = [
     f"{shape} on {chip}: tiles of {chosen.q} x {chosen.k}",
     "  " + "".join(f"{word:>11}" for word in head),
   ]
   for kernel, (cut, told) in chosen.chosen.items():
     cells = (
-      kernel, cut.rows, cut.columns, cut.ahead, f"{told.bundles:.0f}", f"{told.mxu:.2f}",
+      kernel, *(getattr(cut, name) for name in NAMES), f"{told.bundles:.0f}", f"{told.mxu:.2f}",
       f"{told.spills:.0f}", aot.size(told.vmem),
     )  # fmt: skip
     lines.append("  " + "".join(f"{cell:>11}" for cell in cells))

@@ -27,7 +27,8 @@ from pallas_kernels.blocks import Blocks, Chosen
 from pallas_kernels.tpu import streaming
 
 T, S = 150, 200  # no tile divides them
-BLOCKS = Chosen(*[Blocks(128, 128, 128, 128, 0)] * 2)
+BLOCKS, LYING = (Chosen(*[Blocks(128, 128, 128, 128, 0, lying)] * 2) for lying in (False, True))
+both = pytest.mark.parametrize("cut", [BLOCKS, LYING], ids=["standing", "lying"])
 INTERFACES = ("masks", "transforms", "normalisers", "edits")
 ENTRIES = [(interface, name) for interface in INTERFACES for name in registry.names(interface)]
 ROWS = {"entmax15", "lssa", "lssar", "sparsemax", "talking_heads"}
@@ -79,13 +80,14 @@ def exact(spec, qkv, *tokens):
     return run(reference.partial, wide(spec), wide(qkv), *tokens)
 
 
+@both
 @pytest.mark.parametrize("entry", FIT, ids="-".join)
-def test_an_entry_in_the_kernel_is_the_reference_in_values_and_gradients(entry):
+def test_an_entry_in_the_kernel_is_the_reference_in_values_and_gradients(entry, cut):
   qkv, tokens = inputs(T, S, np.float32), (packed(T), packed(S))
   spec = spec_of(*entry)
   assert pallas_tpu.unfit(*qkv, spec) is None
   traced = jax.tree.map(jnp.asarray, tokens)  # an argument of jit: planned at run time
-  assert_near(run(kernel(), spec, qkv, *traced), exact(spec, qkv, *tokens), 4e-6)
+  assert_near(run(kernel(cut), spec, qkv, *traced), exact(spec, qkv, *tokens), 4e-6)
 
 
 @pytest.mark.parametrize("entry", sorted(REFUSED), ids="-".join)
@@ -106,31 +108,34 @@ def arguments(H: int, V: int, dtype=np.float32, heads=(4, 2), lengths=(T, S)):
   return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
 
 
-@pytest.mark.parametrize("widths", WIDTHS, ids=str)
-def test_heads_of_any_width_share_keys(widths):
+@both
+@pytest.mark.parametrize("widths", [*WIDTHS, (24, 20)], ids=str)
+def test_heads_of_any_width_share_keys(widths, cut):
   spec, qkv = AttentionSpec(mask=masks.Causal()), arguments(*widths)
   tokens = Tokens.of_length(T, offset=60), Tokens.of_length(S)
-  assert_near(run(kernel(), spec, qkv, *tokens), exact(spec, qkv, *tokens), 2e-6)
+  assert_near(run(kernel(cut), spec, qkv, *tokens), exact(spec, qkv, *tokens), 2e-6)
 
 
+@pytest.mark.parametrize("lying", [False, True])
 @pytest.mark.parametrize("pieces", [(256, 128, 0), (128, 256, 1), (128, 128, 3)], ids=str)
-def test_pieces_and_what_is_started_ahead_change_nothing(pieces):
-  cut = Chosen(*[Blocks(256, 256, *pieces)] * 2)
+def test_pieces_and_what_is_started_ahead_change_nothing(pieces, lying):
+  cut = Chosen(*[Blocks(256, 256, *pieces, lying)] * 2)
   spec = AttentionSpec(mask=masks.Causal(), transforms=(transforms.SoftCap(2.0),))
   qkv = arguments(32, 16, lengths=(300, 500))
   tokens = Tokens.of_length(300), Tokens.of_length(500)
   assert_near(run(kernel(cut), spec, qkv, *tokens), exact(spec, qkv, *tokens), 2e-6)
 
 
+@both
 @pytest.mark.parametrize("mode", ["on_wait", "eager"])
 @pytest.mark.parametrize("mask", [masks.Window(100), masks.Window(100) & SAME], ids=["", "empty"])
-def test_the_copies_of_query_gradients_do_not_race(mask, mode):
+def test_the_copies_of_query_gradients_do_not_race(mask, mode, cut):
   """A block twice in a row, and lines of one visit or of none; two heads share keys."""
   spec, qkv = AttentionSpec(mask=mask), arguments(64, 64, lengths=(384, 384))
   segment = np.repeat(np.arange(3, dtype=np.int32), 128)[None]
   sides = [dataclasses.replace(Tokens.of_length(384), segment=s) for s in (segment, 2 * segment)]
   detect = pltpu.InterpretParams(detect_races=True, dma_execution_mode=mode)
-  emulated = functools.partial(pallas_tpu.partial, blocks=BLOCKS, interpret=detect)
+  emulated = functools.partial(pallas_tpu.partial, blocks=cut, interpret=detect)
   assert_near(run(emulated, spec, qkv, *sides), exact(spec, qkv, *sides), 2e-6)
   assert not interpret_pallas_call.races.races_found
 
@@ -146,21 +151,24 @@ BFLOAT16 = {
 }
 
 
+@both
+@pytest.mark.parametrize("H", [64, 128])  # twice 128 fits a matrix unit that sums lie for
 @pytest.mark.parametrize("name", BFLOAT16)
-def test_bfloat16_is_off_by_a_few_roundings(name):
-  spec, qkv = BFLOAT16[name], arguments(64, 64, jnp.bfloat16)
+def test_bfloat16_is_off_by_a_few_roundings(name, H, cut):
+  spec, qkv = BFLOAT16[name], arguments(H, 64, jnp.bfloat16)
   tokens = Tokens.of_length(T), Tokens.of_length(S)
   assert pallas_tpu.unfit(*qkv, spec) is None
   wide_qkv = tuple(x.astype(jnp.float32) for x in qkv)  # the same numbers
-  gradient, value = run(kernel(), spec, qkv, *tokens)
+  gradient, value = run(kernel(cut), spec, qkv, *tokens)
   exact_gradient, exact_value = exact(spec, wide_qkv, *tokens)
   assert_near(value, exact_value, 2**-8)  # weights are rounded once, by 2^-9
   assert_near(gradient, exact_gradient, 8 * 2**-8)  # so are cotangents, of which sums of V cancel
 
 
+@both
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("name", BFLOAT16)
-def test_the_kernel_divides_and_rounds_where_weights_rescale(name, dtype, monkeypatch):
+def test_the_kernel_divides_and_rounds_where_weights_rescale(name, dtype, cut, monkeypatch):
   spec, qkv, outputs = BFLOAT16[name], arguments(64, 64, dtype), []
   tokens = Tokens.of_length(T, offset=S - 20), Tokens.of_length(S)  # the window leaves the keys
   forward = streaming.forward
@@ -170,7 +178,7 @@ def test_the_kernel_divides_and_rounds_where_weights_rescale(name, dtype, monkey
     return outputs[-1]
 
   monkeypatch.setattr(streaming, "forward", spy)
-  p, divided = kernel()(*qkv, spec, *tokens), name != "relu"
+  p, divided = kernel(cut)(*qkv, spec, *tokens), name != "relu"
   ((out, _),) = outputs
   assert out.dtype == (dtype if divided else np.float32)
   assert (p.whole is not None) == divided
@@ -178,16 +186,18 @@ def test_the_kernel_divides_and_rounds_where_weights_rescale(name, dtype, monkey
     expected = reference.partial(*wide([x.astype(np.float32) for x in qkv]), spec, *tokens)
   p, expected = jax.tree.map(np.asarray, (p, expected))
   total = lambda p: p.mass * np.exp(np.where(np.isneginf(p.peak), 0.0, p.peak))
-  assert_near(total(p), total(expected), 4e-6)
+  rounded = cut is LYING and dtype == jnp.bfloat16 and name != "cog"  # the mass is of such weights
+  assert_near(total(p), total(expected), 2**-9 if rounded else 4e-6)
   np.testing.assert_array_equal(p.mass == 0, expected.mass == 0)
   assert (name != "softmax") or (p.mass == 0).any()
 
 
-def test_weights_that_are_all_zero_move_nothing():
+@both
+def test_weights_that_are_all_zero_move_nothing(cut):
   """Scores of zero have no sign: there is a highest one, and no mass."""
   spec, (q, k, v) = BFLOAT16["cog"], arguments(64, 64)
   qkv, tokens = (q.at[:, 40:].set(0), k, v), (Tokens.of_length(T), Tokens.of_length(S))
-  actual = run(kernel(), spec, qkv, *tokens)
+  actual = run(kernel(cut), spec, qkv, *tokens)
   assert_near(actual, exact(spec, qkv, *tokens), 4e-6)
   assert not actual[1][0][:, 40:].any()
 
@@ -200,13 +210,14 @@ def test_a_plan_made_on_the_host_is_the_plan_made_at_run_time():
   jax.tree.map(np.testing.assert_array_equal, jax.jit(host)(*qkv), jax.jit(traced)(qkv, tokens))
 
 
-def test_rows_that_see_nothing_are_zero_and_move_nothing():
+@both
+def test_rows_that_see_nothing_are_zero_and_move_nothing(cut):
   nothing = AttentionSpec(mask=masks.Causal() & ~masks.Causal())
   tokens = packed(T), packed(S)
-  gradient, (out, count) = run(kernel(), nothing, inputs(T, S, np.float32), *tokens)
+  gradient, (out, count) = run(kernel(cut), nothing, inputs(T, S, np.float32), *tokens)
   assert not out.any() and not count.any() and not any(g.any() for g in gradient)
   some = AttentionSpec(mask=masks.Causal() & ~masks.Window(2))
-  gradient, (out, _) = run(kernel(), some, inputs(T, S, np.float32), *tokens)
+  gradient, (out, _) = run(kernel(cut), some, inputs(T, S, np.float32), *tokens)
   assert not out[:, :3].any() and out[0, 3:70].any()
   assert all(np.isfinite(g).all() for g in gradient) and not gradient[0][:, :3].any()
 
@@ -224,12 +235,13 @@ def test_partials_of_the_kernel_merge_with_those_of_the_reference():
 BIASES = [(1, 4, T, S), (2, 1, 1, S), (1, 4, T, 1), (2, 1, T, S), (1, 1, 1, 1)]
 
 
+@both
 @pytest.mark.parametrize("shape", BIASES, ids=str)
-def test_learned_arrays_of_pairs_have_gradients_of_their_shape(shape):
+def test_learned_arrays_of_pairs_have_gradients_of_their_shape(shape, cut):
   bias = jnp.asarray(np.random.default_rng(4).standard_normal(shape), jnp.float32)
   spec = AttentionSpec(mask=masks.Causal(), transforms=(transforms.Add(bias),))
   qkv, tokens = inputs(T, S, np.float32), (packed(T), packed(S))
-  (*_, gradient), _ = actual = run(kernel(), spec, qkv, *tokens)
+  (*_, gradient), _ = actual = run(kernel(cut), spec, qkv, *tokens)
   assert gradient.shape == shape
   assert_near(actual, exact(spec, qkv, *tokens), 4e-6)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.scaled import scaled
+from pallas_kernels.scaled import Scaled
 
 TILE = (8, 128)
 I, J = np.arange(8.0)[:, None], np.arange(128.0)[None]
@@ -37,7 +37,7 @@ def test_a_function_is_the_same_with_fewer_products(name):
   fn, most = FUNCTIONS[name]
   x = jax.random.normal(jax.random.key(0), TILE)
   plain = lambda x: 1.4426950408889634 * fn(0.125 * x)
-  folded = scaled(fn, 0.125, 1.4426950408889634)
+  folded = Scaled(fn, 0.125, 1.4426950408889634)
   chex.assert_trees_all_close(folded(x), plain(x), rtol=1e-6, atol=1e-6)
   pull = lambda f: jax.vjp(f, x)[1](jnp.cos(x))
   chex.assert_trees_all_close(pull(folded), pull(plain), rtol=1e-5, atol=1e-6)
@@ -64,13 +64,32 @@ def test_any_composition_is_the_same(data):
 
   with jax.enable_x64(True):
     x = jnp.linspace(-2.0, 2.0, 8 * 128).reshape(TILE) + 0.01
-    chex.assert_trees_all_close(scaled(fn, 0.3, 1.5)(x), 1.5 * fn(0.3 * x), rtol=1e-9, atol=1e-9)
+    folded, near = Scaled(fn, 0.3, 1.5), dict(rtol=1e-9, atol=1e-9)
+    chex.assert_trees_all_close(folded(x), 1.5 * fn(0.3 * x), **near)
+    given = folded.leading(x)
+    chex.assert_trees_all_close(folded(given * x, given), 1.5 * fn(0.3 * x), **near)
 
 
 def test_functions_may_close_over_traced_arrays():
   @jax.jit
   def run(x, slope):
-    return scaled(lambda y: y - slope * jnp.abs(I - J), 0.5, 2.0)(x)
+    return Scaled(lambda y: y - slope * jnp.abs(I - J), 0.5, 2.0)(x)
 
   x = jnp.ones(TILE)
   chex.assert_trees_all_close(run(x, SLOPE), x - 0.5 * jnp.abs(I - J), rtol=1e-6)
+
+
+LEADING = dict(nothing=0.25, cap=0.0025, slopes=0.25, twice=0.25, one=1.0, where=1.0)
+
+
+@pytest.mark.parametrize("name", LEADING)
+def test_what_comes_before_anything_else_may_come_earlier(name):
+  """SLOPE is an array, whose factor is not known when a kernel is traced."""
+  fn, most = FUNCTIONS[name]
+  x = jax.random.normal(jax.random.key(0), TILE)
+  folded = Scaled(fn, 0.125, 2.0)
+  given = folded.leading(jax.ShapeDtypeStruct(TILE, jnp.float32))
+  assert given == pytest.approx(LEADING[name])
+  chex.assert_trees_all_close(folded(given * x, given), 2 * fn(0.125 * x), rtol=1e-6, atol=1e-6)
+  early = products(lambda x: folded(x, given), x)
+  assert early == (most if given == 1 else most - 1)

@@ -67,15 +67,16 @@ def algebra(
     here, _, q, k = read(facts)
     return here.edit(weights, q, k)
 
+  edits = edit if spec.edits else None
   if soft and jnp.dtype(dtype).itemsize < 4:
     between = score if spec.transforms else None
     return softmax(
-      factor, score=between, visible=visible, edit=edit, turns=one, counts=normaliser.counts, **how
+      factor, score=between, visible=visible, edit=edits, turns=one, counts=normaliser.counts, **how
     )
   height: Any = normaliser.height
   has_peak = height(jnp.zeros((1, 1))) is not None
   return Algebra(
-    lambda products, facts: score(products * factor, facts), visible, normaliser.weigh, edit,
+    lambda products, facts: score(products * factor, facts), visible, normaliser.weigh, edits,
     height=height if has_peak else None, signed=not soft, turns=one, counts=normaliser.counts,
   )  # fmt: skip
 
@@ -139,7 +140,7 @@ def _tile(spec: AttentionSpec, q, k):
   weights = how.weigh(scores, told, jnp.zeros_like(scores))
   if not weights.shape == scores.shape == (size, size):
     raise ValueError(f"a tile of {(size, size)} became {scores.shape}, then {weights.shape}")
-  return how.edit(weights, facts)
+  return how.edited(weights, facts)
 
 
 def _primitives(jaxpr) -> set[str]:

@@ -206,7 +206,7 @@ def _unknown(spec: AttentionSpec, q: jax.Array, k: jax.Array) -> str | None:
     scores, visible, told = how.masked(products, facts, True)
     height = scores if how.height is None else how.height(scores)
     weights = how.weigh(scores, told, jnp.zeros_like(scores))
-    return visible, height, how.edit(weights, facts)
+    return visible, height, how.edited(weights, facts)
 
   one = lambda x: (1, 1) if x.shape[2:] == (1, 1) else shape
   struct = functools.partial(jax.ShapeDtypeStruct, shape)

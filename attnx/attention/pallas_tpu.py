@@ -22,12 +22,13 @@ from attnx.attention.partial import Partial
 from attnx.attention.spec import AttentionSpec
 from attnx.core.tokens import Tokens
 from attnx.core.varying import split
+from pallas_kernels import blocks as tuned
 from pallas_kernels.algebra import Algebra
-from pallas_kernels.blocks import Chosen, choose, dividing
+from pallas_kernels.blocks import Chosen, choose
 from pallas_kernels.decoding import finished
-from pallas_kernels.tpu import decode, streaming
+from pallas_kernels.tpu import backward, decode, streaming
 from pallas_kernels.tpu.decode_call import block_of, heads_of
-from pallas_kernels.tpu.walk import SUBLANES, Blocks
+from pallas_kernels.tpu.walk import SUBLANES
 from pallas_kernels.visits import Operand
 
 LIST = 60_000  # tiles of a plan that the scalar memory of a chip holds, 1 MiB
@@ -102,10 +103,9 @@ def cut(spec: AttentionSpec, q, v, q_tokens, k_tokens, handed: Handed) -> Chosen
   width = sum(x.shape[3] for x in tables if x.shape[2] > 1)
   q_size = min(q_size, max(128, 2**20 // (4 * max(width, 1)) // 128 * 128))
   rows, columns = (128, 256) if tables else (q_size, k_size)
+  smaller = lambda b: dict(rows=min(b.rows, rows), columns=min(b.columns, columns))
   return Chosen(*(
-    Blocks(q_size, k_size, dividing(q_size, min(b.rows, rows)),
-           dividing(k_size, min(b.columns, columns)), b.ahead)
-    for b in blocks
+    tuned.cut(q_size, k_size, dataclasses.asdict(b) | smaller(b)) for b in blocks
   ))  # fmt: skip
 
 
@@ -169,12 +169,12 @@ class _Run:
     told = jnp.stack(self.algebra.told(size, slope, pulled), axis=2)  # ORIGIN, SLOPE
     told = jnp.pad(told, ((0, 0), (0, 0), (0, SUBLANES - told.shape[2]), (0, 0)))
     args = (q, k, v, *sides, operands, self._plan(kinds), told, dout.astype(q.dtype))
-    dq, dk, dv = streaming.gradients(*args, blocks=self.blocks.backward, **self.how)
+    dq, dk, dv = backward.gradients(*args, blocks=self.blocks.backward, **self.how)
     beside = lambda of, **which: of(*args, blocks=self.blocks.backward, **self.how, **which)
     layout = self.how["layout"]
-    moves = streaming.by_row(operands, layout)
-    by_row = beside(streaming.gradient_of_tables) if moves else []
-    of_pairs = functools.partial(beside, streaming.gradient_of_pairs)
+    moves = backward.by_row(operands, layout)
+    by_row = beside(backward.gradient_of_tables) if moves else []
+    of_pairs = functools.partial(beside, backward.gradient_of_pairs)
     moved = cotangents(operands, [o.pairs for o in layout], by_row, of_pairs)
     return dq.astype(q.dtype), dk, dv, moved, None, None
 

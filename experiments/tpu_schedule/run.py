@@ -44,17 +44,22 @@ BLOCKS = {  # block_q, block_kv, block_kv_compute
 }  # fmt: skip
 BLOCKS["fused_backward"] = BLOCKS["backward"]
 # One instruction streams 8 rows of float32 or 16 of bfloat16 through the weights that an MXU holds,
-# 128 x 128 or 256 x 256; a product of a tile at H = 128 takes that many rows in all, and that many
-# cycles on all MXUs of a core at the peak of the data sheet.
+# 128 x 128 or 256 x 256; a product of a tile at H = 128 takes that many rows in all where it leaves
+# half of the larger ones empty, and that many cycles on all MXUs of a core, where they are full, at
+# the peak of the data sheet.
 ROWS = {"f32": 8, "bf16": 16}
 ROWS_PER_PRODUCT = dict(v5e=2048, v5p=2048, v6e=1024, tpu7x=1024)
-PEAK_PER_PRODUCT = dict(v5e=512, v5p=512, v6e=256, tpu7x=256)
+PEAK_PER_PRODUCT = dict(v5e=512, v5p=512, v6e=128, tpu7x=128)
 PRODUCTS = dict(forward=2, dq=3, dkv=4, fused=5)
 OURS = dict(forward=0, fused=1)  # the place of a kernel in `tables.Chosen`
 DIRECTIONS = ("forward", "backward")
 LARGER = {  # blocks that compile for minutes, for which they are in no table
-  **dict.fromkeys(("v5e", "v5p"), [[2048, 2048, 128, 1024, 1], [2048, 2048, 512, 1024, 0]]),
-  **dict.fromkeys(("v6e", "tpu7x"), [[2048, 2048, 128, 512, 3], [2048, 2048, 128, 512, 1]]),
+  **dict.fromkeys(
+    ("v5e", "v5p"), [[2048, 2048, 128, 1024, 1, False], [2048, 2048, 512, 1024, 0, False]]
+  ),
+  **dict.fromkeys(
+    ("v6e", "tpu7x"), [[2048, 2048, 256, 256, 7, True], [2048, 2048, 512, 256, 2, True]]
+  ),
 }
 PARTS = dict(forward=1, fused=2)  # regions that a body of ours has: copies are begun between two
 MASKED = ("causal", "local", "segments")  # masks that leave some tiles crossed
@@ -77,7 +82,7 @@ def which(name: str, direction: str) -> str | None:
 
 
 def own_blocks(chip: str, length: int = cases.T) -> list[list[int]]:
-  """q, k, rows, columns and ahead of attnx's kernels, as the table says."""
+  """q, k, rows, columns, ahead and lying of attnx's kernels, as the table says."""
   chosen = tables.choose(length, length, cases.H, cases.H, "bfloat16", chip)
   return [list(dataclasses.astuple(cut)) for cut in chosen]
 
@@ -118,10 +123,22 @@ def target(setting: dict[str, Any]) -> str:
   return f"experiments.tpu_schedule.cases:{function}({arguments})"
 
 
-def tiles(region: dict[str, Any], kernel: str, chip: str) -> float:
-  """Tiles of 512 x 512 scores whose products a region holds."""
-  rows = sum(ROWS[kind] * count for kind, count in region["products"].items())
-  return rows / (PRODUCTS[kernel] * ROWS_PER_PRODUCT[chip])
+Regions = list[dict[str, Any]]
+
+
+def bodies_of(setting: dict[str, Any], kernel: str, regions: Regions) -> list[tuple[float, int]]:
+  """(tiles of 512 x 512 scores, bundles) of every region, by the products that it holds."""
+  rows = lambda region: sum(ROWS[kind] * count for kind, count in region["products"].items())
+  of_tile = PRODUCTS[kernel] * ROWS_PER_PRODUCT[setting["chip"]]
+  return [(rows(x) / of_tile, x["bundles"]) for x in regions if rows(x) > 0.25 * of_tile]
+
+
+def own_bodies(setting: dict[str, Any], kernel: str, regions: Regions) -> list[tuple[float, int]]:
+  """Those of a kernel of attnx: a body computes a block of q x k scores."""
+  q, k, *_ = setting["blocks"][OURS[kernel]]
+  parts = [region["bundles"] for region in regions]
+  size = PARTS[kernel]
+  return [(q * k / TILE, sum(parts[n : n + size])) for n in range(0, len(parts), size)]
 
 
 def rows_of(setting: dict[str, Any], report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -133,14 +150,9 @@ def rows_of(setting: dict[str, Any], report: dict[str, Any]) -> list[dict[str, A
     kernel = which(name, setting["direction"])
     if not figures["floor"] or kernel is None:
       continue
-    parts = [
-      (count, region["bundles"])
-      for region in figures["regions"]
-      if (count := tiles(region, kernel, setting["chip"])) > 0.25
-    ]
-    size = PARTS[kernel] if setting["series"] == "attnx" else 1
-    wholes = [map(sum, zip(*parts[n : n + size])) for n in range(0, len(parts), size)]
-    bodies = [dict(tiles=count, bundles=bundles / count) for count, bundles in wholes]
+    of = own_bodies if setting["series"] == "attnx" else bodies_of
+    bodies = [dict(tiles=count, bundles=bundles / count)
+              for count, bundles in of(setting, kernel, figures["regions"])]  # fmt: skip
     count, hot = sum(body["tiles"] for body in bodies), figures["hot"]
     found.append(
       setting
@@ -225,8 +237,8 @@ def cut(row: dict[str, Any]) -> str:
   """The blocks of a row: attnx's q/k/rows/columns+ahead, others' q/kv/kv at once."""
   if row["series"] != "attnx":
     return "/".join(map(str, row["blocks"]))
-  *sizes, ahead = row["blocks"][OURS[row["kernel"]]]
-  return f"{'/'.join(map(str, sizes))}+{ahead}"
+  *sizes, ahead, lying = row["blocks"][OURS[row["kernel"]]]
+  return f"{'/'.join(map(str, sizes))}+{ahead}{', lying' if lying else ''}"
 
 
 def table(rows: list[dict[str, Any]], chips: list[str]) -> list[list[str]]:

@@ -323,7 +323,7 @@ def gradient_of_keys(
 
         def weights(products):
           scores, _, seen = algebra.masked(products, facts, masked)
-          return algebra.edit(algebra.weigh(scores, seen, origin), facts)
+          return algebra.edited(algebra.weigh(scores, seen, origin), facts)
 
         edited = inlined(weights)(products).astype(grad_tile.dtype)
         free(q_ring, t)
@@ -525,7 +525,7 @@ def _pulled(
     of = facts._replace(operands=operands)
     scores, _, seen = algebra.masked(products, of, masked)
     w = algebra.weigh(scores, seen, origin)
-    return jnp.abs(w) if algebra.signed else w, algebra.edit(w, of)
+    return jnp.abs(w) if algebra.signed else w, algebra.edited(w, of)
 
   wide = lambda x, like: unit.wide(x, like.shape, axis)
 

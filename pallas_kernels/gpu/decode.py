@@ -482,7 +482,7 @@ def _weigh(block: Block, facts, exist, masked: bool, scaled, mass, count, before
     mass += jnp.abs(weights) if algebra.signed else weights
     if count is not None:
       count += 1.0 if visible is True else jnp.where(visible, 1.0, 0.0)
-    edited.append(algebra.edit(weights, of))
+    edited.append(algebra.edited(weights, of))
   return edited, factor, (mass, count, peak)
 
 

@@ -228,4 +228,4 @@ def _visit(products, seen, *, facts: Facts, masked: bool, unit: Warpgroup, algeb
   mass = mass + jnp.sum(jnp.abs(weights) if algebra.signed else weights, axis=1)
   if masked and algebra.counts:
     count = count + jnp.sum(jnp.where(visible, 1.0, 0.0), axis=1)
-  return algebra.edit(weights, facts), factor, (mass, peak, count)
+  return algebra.edited(weights, facts), factor, (mass, peak, count)

@@ -390,7 +390,7 @@ def _visit(call, algebra, given, sums, step: Step, k_tile, v_tile, masked: bool)
   scores = [algebra.masked(scaled[j], facts[j], masked, filled) for j in heads]
   weighed = [_weigh(call, algebra, sums, j, *scores[j]) for j in heads]
   for j, (weights, factor) in enumerate(weighed):
-    weights = algebra.edit(weights, facts[j])
+    weights = algebra.edited(weights, facts[j])
     if given.v_token is not None:
       weights *= given.v_token[j : j + 1]
     if masked:  # of what lies beyond, not even zero times it may be read

@@ -18,6 +18,7 @@ from pallas_kernels.algebra import FLOOR, LANES, Algebra, Facts, Side
 from pallas_kernels.visits import FULL, PARTIAL, Operand
 
 SUBLANES = 8
+DEPTH = 256  # of the matrix units that sums lie for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Blocks:
     q, k: queries and keys of a tile, which move from HBM at once; multiples of 128.
     rows, columns: of a piece of a tile, which is computed at once; they divide q and k.
     ahead: pieces whose products are started before they are needed.
+    lying: whether sums are (V, Q) and (H, K), tokens along lanes, if the algebra turns: a head of
+      128 fills only half of the columns of a matrix unit of 256, and tokens fill all.
   """
 
   q: int = 512
@@ -35,6 +38,7 @@ class Blocks:
   rows: int = 256
   columns: int = 512
   ahead: int = 1
+  lying: bool = False
 
   def __post_init__(self):
     sizes = (self.q, self.k, self.rows, self.columns)
@@ -112,6 +116,11 @@ def sides_of(q_side, k_side, blocks: Blocks, where: Callable) -> list[pl.BlockSp
   ]
 
 
+def statistics(blocks: Blocks, where) -> pl.BlockSpec:
+  """Of what rows are told, or tell."""
+  return block_of((None, None, SUBLANES, blocks.q), lambda p: (p.b, p.n, 0, p.i), where)
+
+
 def eight(side: jax.Array) -> jax.Array:
   """(#B, 3, L) as (#B, 8, L): whole registers turn."""
   assert side.ndim == 3 and side.shape[1] == len(Side._fields), side.shape
@@ -123,9 +132,9 @@ def upright(length: int):
   return pltpu.VMEM((len(Side._fields), length, LANES), jnp.int32)
 
 
-def stand(side_ref, standing) -> None:
-  """Writes a side (8, L) upright, every number in all 128 lanes: (3, L, 128)."""
-  up = side_ref[...].T
+def stand(rows_ref, standing) -> None:
+  """Writes the first rows of (8, L) upright, every number in all 128 lanes: (n, L, 128)."""
+  up = rows_ref[...].T
   for c in range(standing.shape[0]):
     standing[c] = jnp.broadcast_to(up[:, c : c + 1], standing.shape[1:])
 
@@ -177,6 +186,31 @@ def ahead(pieces: list, start: Callable, count: int) -> Iterator[tuple]:
     yield piece, queue.pop(0)
 
 
+def doubled(H: int, dtype: Any) -> bool:
+  """Whether the rows of a matrix unit of 256 have room for two parts of what is H wide."""
+  return dtype == jnp.bfloat16 and H % LANES == 0 and 2 * H <= DEPTH
+
+
+def leading(algebra: Algebra, facts: Facts, blocks: Blocks, H: int, dtype: Any) -> float:
+  """What one side of products is multiplied by ahead of them, in `parts`; 1 if it is not.
+
+  It is the factor that scores begin with, which each pair would else be multiplied by.
+  """
+  tile = jax.ShapeDtypeStruct((blocks.columns, blocks.rows), jnp.float32)
+  return algebra.leading(tile, facts) if doubled(H, dtype) else 1.0
+
+
+def parts(x: jax.Array, factor: float) -> jax.Array:
+  """factor x as the sum of two numbers, (rows, H) to (rows, 2 H): all first ones, then the others.
+
+  Of bfloat16, the sum is exact to 16 bits.
+  """
+  scaled = x.astype(jnp.float32) * factor
+  first = scaled.astype(x.dtype)
+  rest = scaled - first.astype(jnp.float32)
+  return jnp.concatenate([first, rest.astype(x.dtype)], axis=1)
+
+
 def wide(statistic: jax.Array, width: int) -> jax.Array:
   """A number of each row, (rows, 128) alike in all lanes, to (rows, width)."""
   return jnp.tile(statistic, (1, -(-width // LANES)))[:, :width]
@@ -187,6 +221,31 @@ def lanes(x: jax.Array) -> jax.Array:
   return functools.reduce(
     jnp.add, [x[:, c : c + LANES] for c in range(0, x.shape[1], LANES)]
   )
+
+
+def eights(x: jax.Array) -> jax.Array:
+  """(rows, columns) summed to (8, columns)."""
+  return functools.reduce(
+    jnp.add, [x[r : r + SUBLANES] for r in range(0, x.shape[0], SUBLANES)]
+  )
+
+
+def rise(algebra: Algebra, scores, visible, peak, at, axis: int) -> tuple[jax.Array, jax.Array]:
+  """What weights of a piece are measured from, and by how much what was summed before shrinks.
+
+  Args:
+    algebra: one that has peaks.
+    scores: of the piece.
+    visible: what `Algebra.masked` told of them.
+    peak: those of rows; `at` of it belongs to this piece, and moves on.
+    at: an index.
+    axis: along which the keys of the piece lie.
+  """
+  before = peak[at]
+  after = jnp.maximum(before, algebra.peak(scores, visible, axis=axis))
+  peak[at] = after
+  origin = jnp.maximum(after, FLOOR)  # finite where nothing was seen
+  return origin, algebra.exp(before - origin)
 
 
 def weigh(algebra: Algebra, scores, visible, peak, mass, at) -> tuple[jax.Array, Any]:
@@ -201,15 +260,24 @@ def weigh(algebra: Algebra, scores, visible, peak, mass, at) -> tuple[jax.Array,
   """
   origin, factor = jnp.zeros((scores.shape[0], LANES), jnp.float32), None
   if algebra.height is not None:
-    before = peak[at]
-    after = jnp.maximum(before, algebra.peak(scores, visible, axis=1))
-    peak[at] = after
-    origin = jnp.maximum(after, FLOOR)  # finite where nothing was seen
-    factor = algebra.exp(before - origin)
+    origin, factor = rise(algebra, scores, visible, peak, at, axis=1)
   weights = algebra.weigh(scores, visible, wide(origin, scores.shape[1]))
   added = lanes(jnp.abs(weights) if algebra.signed else weights)
   mass[at] = (mass[at] if factor is None else mass[at] * factor) + added
   return weights, factor
+
+
+def asks(algebra: Algebra, of: Facts, shape: tuple[int, int]) -> bool:
+  """Whether scores or edits of a tile that no mask crosses read where the side that stands is."""
+
+  def read(tile, side):
+    here = of._replace(**{"k" if of.turned else "q": side})
+    return algebra.score(tile, here), algebra.edited(tile, here)
+
+  tile, side = jax.ShapeDtypeStruct(shape, jnp.float32), of.k if of.turned else of.q
+  traced = jax.make_jaxpr(read)(tile, side).jaxpr
+  atoms = [atom for eqn in traced.eqns for atom in eqn.invars] + traced.outvars
+  return any(field is atom for field in traced.invars[1:] for atom in atoms)
 
 
 def by_kind(flags, body: Callable[[bool], None], whole: bool, some: bool) -> None:
