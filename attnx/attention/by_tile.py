@@ -81,6 +81,22 @@ def algebra(
   )  # fmt: skip
 
 
+def widened(spec: AttentionSpec, q: jax.Array, k: jax.Array, *tokens: Tokens) -> tuple:
+  """`Transform.widened` of the first transform; of shapes of q and k, if there are no tokens."""
+  if not spec.transforms:
+    return q, k, spec
+  if tokens:
+    return spec.transforms[0].widened(spec, q, k, *tokens)
+  found = []
+
+  def wide(q, k):
+    *both, rest = widened(spec, q, k, *(Tokens.of_length(x.shape[1]) for x in (q, k)))
+    found.append(rest)
+    return both
+
+  return (*jax.eval_shape(wide, q, k), *found)
+
+
 def unalike(q: jax.Array, k: jax.Array, v: jax.Array, wanted: tuple[str, str]) -> str | None:
   """Why arrays are not of one of two dtypes, all alike; None if they are."""
   dtypes = {jnp.dtype(x.dtype).name for x in (q, k, v)}

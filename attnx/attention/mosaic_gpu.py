@@ -33,16 +33,9 @@ WIDTHS = range(32, 257, 32)  # of heads
 
 
 def partial(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  spec: AttentionSpec,
-  q_tokens: Tokens,
-  k_tokens: Tokens,
-  *,
-  blocks: Chosen | None = None,
-  interpret: Any = False,
-) -> Partial:
+  q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, q_tokens: Tokens, k_tokens: Tokens,
+  *, blocks: Chosen | None = None, interpret: Any = False,
+) -> Partial:  # fmt: skip
   """`reference.partial` without the scores ever leaving registers, and its gradient.
 
   Products are added up in float32, weights are rounded to the dtype of the inputs before they read
@@ -55,6 +48,7 @@ def partial(
     blocks: how the work is cut; by `pallas_kernels.gpu.tiles` if None.
     interpret: emulate on CPU, for tests: `InterpretGPUParams`.
   """
+  q, k, spec = by_tile.widened(spec, q, k, q_tokens, k_tokens)
   T, H, S = q.shape[1], q.shape[3], k.shape[1]
   handed = hand_over(spec, q, q_tokens, k_tokens)
   blocks = choose(H, v.shape[3], q.dtype) if blocks is None else blocks
@@ -92,6 +86,7 @@ def summary(spec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> plans.Summary 
   """The plan of the forward kernel for a call that fits it; arrays may be shapes only."""
   if unfit(q, k, v, spec) is not None:
     return None
+  q, _, spec = by_tile.widened(spec, q, k)
   blocks = choose(q.shape[3], v.shape[3], q.dtype).forward
   outcome = plans.outcome(spec.mask, q_tokens, k_tokens, blocks.line, blocks.k)
   return dataclasses.replace(outcome, pieces=f"{blocks.q} x {blocks.k}")
@@ -158,9 +153,7 @@ class _Run:
     return dq, dk, dv, moved, None, None
 
 
-def refusal(
-  q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, *tokens: Tokens
-) -> str | None:
+def refusal(q, k, v, spec: AttentionSpec, *tokens: Tokens) -> str | None:
   """Why a call cannot run in the kernels here; None if it can."""
   if (backend := jax.default_backend()) != "gpu":
     return f"runs on Hopper GPUs (H100, H200), not on {backend}"
@@ -171,6 +164,7 @@ def refusal(
 
 def unfit(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> str | None:
   """Why a call fits no kernel on any Hopper GPU; None if it does. Nothing is computed."""
+  q, k, spec = by_tile.widened(spec, q, k)
   wrong = by_tile.unalike(q, k, v, ("bfloat16", "float16")) or by_tile.besides(spec)
   if wrong is not None:
     return wrong

@@ -36,16 +36,9 @@ START = 0.15 * 2**20  # pairs of a tile that take as long as what is around its 
 
 
 def partial(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  spec: AttentionSpec,
-  q_tokens: Tokens,
-  k_tokens: Tokens,
-  *,
-  blocks: Chosen | None = None,
-  interpret: Any = False,
-) -> Partial:
+  q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, q_tokens: Tokens, k_tokens: Tokens,
+  *, blocks: Chosen | None = None, interpret: Any = False,
+) -> Partial:  # fmt: skip
   """`reference.partial` without the scores ever leaving fast memory, and its gradient.
 
   Products of bfloat16 inputs are added up in float32, weights are rounded to bfloat16 before they
@@ -59,6 +52,7 @@ def partial(
     blocks: how the work is cut; by `pallas_kernels.blocks` if None.
     interpret: emulate on CPU, for tests: True, or `pltpu.InterpretParams`.
   """
+  q, k, spec = by_tile.widened(spec, q, k, q_tokens, k_tokens)
   T, H, S = q.shape[1], q.shape[3], k.shape[1]
   handed = hand_over(spec, q, q_tokens, k_tokens)
   blocks = cut(spec, q, v, q_tokens, k_tokens, handed) if blocks is None else blocks
@@ -116,6 +110,7 @@ def _halves(size: int) -> list[int]:
 
 def summary(spec: AttentionSpec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) -> plans.Summary:
   """The plan that the forward kernel follows for a call; arrays may be shapes only."""
+  q, k, spec = by_tile.widened(spec, q, k)
   handed, _ = outlined(spec, q, q_tokens, k_tokens)
   blocks = cut(spec, q, v, q_tokens, k_tokens, handed).forward
   outcome = plans.outcome(spec.mask, q_tokens, k_tokens, blocks.q, blocks.k)
@@ -179,9 +174,7 @@ class _Run:
     return dq.astype(q.dtype), dk, dv, moved, None, None
 
 
-def refusal(
-  q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec, *tokens: Tokens
-) -> str | None:
+def refusal(q, k, v, spec: AttentionSpec, *tokens: Tokens) -> str | None:
   """Why a call cannot run in the kernels here; None if it can."""
   if jax.default_backend() != "tpu":
     return f"runs on TPU, not on {jax.default_backend()}"
@@ -190,6 +183,7 @@ def refusal(
 
 def unfit(q: jax.Array, k: jax.Array, v: jax.Array, spec: AttentionSpec) -> str | None:
   """Why a call fits no kernel on any TPU; None if it does. Nothing is computed."""
+  q, k, spec = by_tile.widened(spec, q, k)
   wrong = by_tile.unalike(q, k, v, ("bfloat16", "float32")) or by_tile.besides(spec)
   if wrong is not None:
     return wrong

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,14 @@ class Transform:
     """
     del query
     return None
+
+  def widened(self, spec: Any, q: jax.Array, k: jax.Array, *tokens: Tokens) -> Any:
+    """(q, k, spec) of the same attention where this transform, the first of a spec, is in q and k.
+
+    For what adds products of a vector of the query and one of the key: they are appended to q and
+    k, and kernels, which have no products but those, read wider heads. By default nothing changes.
+    """
+    return q, k, spec
 
   def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
     raise NotImplementedError

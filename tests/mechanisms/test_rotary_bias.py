@@ -1,11 +1,15 @@
 """Rotary bias."""
 
+import dataclasses
+
+import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnx.attention import AttentionSpec, masks, reference, transforms
 from attnx.core import registry
 from attnx.core.tokens import Tokens
 from attnx.nn.rotary import angles, frequencies, rotate
@@ -50,3 +54,35 @@ def test_far_from_the_beginning_it_is_as_exact_as_near():
 def test_odd_widths_are_refused():
   with pytest.raises(ValueError, match="7 channels has no pairs"):
     build(7)
+
+
+def test_wider_queries_and_keys_have_it_in_their_products():
+  bias, rng = build(), np.random.default_rng(0)
+  q, k = (jnp.asarray(rng.standard_normal((2, n, heads, 6)), jnp.float32)
+          for n, heads in ((5, N), (7, 1)))  # fmt: skip
+  cap = transforms.SoftCap(3.0)
+  spec = AttentionSpec(mask=masks.Causal(), transforms=(bias, cap), scale=0.3)
+  tokens = Tokens.of_length(5, offset=9), Tokens.of_length(7, offset=8)
+  *wide, rest = bias.widened(spec, q, k, *tokens)
+  assert [x.shape[-1] for x in wide] == [6 + R] * 2 and rest.transforms == (cap,)
+
+  def loss(of, q, k, bias):
+    part = dataclasses.replace(spec, transforms=(bias, cap))
+    q, k, part = of(part, q, k)
+    return jnp.sin(reference.partial(q, k, k[..., :6], part, *tokens).out).sum()
+
+  as_it_is = jax.value_and_grad(lambda *x: loss(lambda s, q, k: (q, k, s), *x), (0, 1, 2))
+  widened = jax.value_and_grad(
+    lambda *x: loss(lambda s, q, k: s.transforms[0].widened(s, q, k, *tokens), *x), (0, 1, 2)
+  )
+  with jax.default_matmul_precision("highest"):
+    chex.assert_trees_all_close(widened(q, k, bias), as_it_is(q, k, bias), rtol=2e-5, atol=2e-6)
+
+
+def test_it_stays_where_another_transform_multiplies_queries():
+  q = k = jnp.ones((1, 4, N, 6))
+  shaw = registry.build(
+    "transforms", dict(name="shaw", values=False), num_heads=N, head_dim=6, rngs=nnx.Rngs(0)
+  )
+  spec = AttentionSpec(transforms=(build(), shaw))
+  assert spec.transforms[0].widened(spec, q, k, *[Tokens.of_length(4)] * 2) == (q, k, spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar
 
 from flax import nnx
@@ -35,15 +36,39 @@ class RotaryBias(Transform):
   base: float = struct.static(10_000.0)
 
   def __call__(self, scores: jax.Array, q: Tokens, k: Tokens) -> jax.Array:
+    at, of = self._turned(q, k, scores.dtype)
+    return scores + jnp.einsum("bntr,bnsr->bnts", at, of, precision="highest")
+
+  def widened(self, spec, q, k, *tokens):
+    """scale * [q, at / scale] [k, of]^T, with at (#B, T, N, R) and of (#B, S, 1, R), rounded as q.
+
+    Where a later transform has a table, which it makes of queries, nothing changes.
+    """
+    N, scale = q.shape[2], spec.factor(q.shape[3])
+    rest = spec.transforms[1:]
+    looks = any(type(transform).table is not Transform.table for transform in rest)
+    if looks or scale == 0 or self.alpha.shape[0] != N:
+      return q, k, spec
+    q_tokens, k_tokens = tokens
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    at, of = self._turned(q_tokens.rows(1, N), k_tokens.columns(), dtype)
+
+    def join(x, y):
+      y = jnp.broadcast_to(jnp.swapaxes(y, 1, 2), (*x.shape[:3], y.shape[3]))
+      return jnp.concatenate([x, y.astype(x.dtype)], axis=-1)
+
+    return join(q, at / scale), join(k, of), dataclasses.replace(spec, scale=scale, transforms=rest)
+
+  def _turned(self, q: Tokens, k: Tokens, dtype) -> tuple[jax.Array, jax.Array]:
+    """Vectors (#B, N, T, R) and (#B, 1, S, R) whose products are added to scores."""
     origin = q.position[:, :, :1]  # small angles are exact ones, and only differences count
     frequency = frequencies(self.alpha.shape[-1], self.base)
-    turn = lambda x: angles(x, frequency, scores.dtype)
+    turn = lambda x: angles(x, frequency, dtype)
     at, of = turn((q.position - origin)[..., 0]), turn((k.position - origin)[..., 0, :])
-    of = jnp.concatenate([jnp.cos(of), jnp.sin(of)], axis=-1)  # (#B, 1, S, R)
-    u, v = (x.astype(scores.dtype)[jnp.asarray(q.head)[..., 0]] for x in self._products())
+    u, v = (x.astype(dtype)[jnp.asarray(q.head)[..., 0]] for x in self._products())
     cos, sin = jnp.cos(at), jnp.sin(at)  # (#B, 1, T, R/2)
-    at = jnp.concatenate([u * cos - v * sin, u * sin + v * cos], axis=-1)  # (#B, N, T, R)
-    return scores + jnp.einsum("bntr,bnsr->bnts", at, of, precision="highest")
+    at = jnp.concatenate([u * cos - v * sin, u * sin + v * cos], axis=-1)
+    return at, jnp.concatenate([jnp.cos(of), jnp.sin(of)], axis=-1)
 
   def _products(self) -> tuple[jax.Array, jax.Array]:
     """The real and the imaginary part of alpha_j conj(beta_j), (N, R/2)."""
