@@ -369,17 +369,18 @@ def test_kernels_are_not_left_to_xla_to_split(monkeypatch):
   assert "shard_map" in pallas_tpu.refusal(*arguments(64, 64), AttentionSpec())
 
 
-def cuts(spec: AttentionSpec, length: int = 4096) -> Chosen:
-  """The blocks of a call of bfloat16 heads of 128, without its arrays."""
+def cuts(spec: AttentionSpec, length: int = 4096, traced: bool = False) -> Chosen:
+  """The blocks of a call of bfloat16 heads of 128, without its arrays; tokens may be traced."""
   found: list[Chosen] = []
   x = jax.ShapeDtypeStruct((1, length, 4, 128), jnp.bfloat16)
-  tokens = Tokens.of_length(length), Tokens.of_length(length)
+  known = Tokens.of_length(length), Tokens.of_length(length)
 
-  def look(q, spec):
+  def look(q, spec, given):
+    tokens = given if traced else known
     handed = hand_over(spec, q, *tokens)
     found.append(pallas_tpu.cut(spec, q, q, *tokens, handed))
 
-  jax.eval_shape(look, x, spec)
+  jax.eval_shape(look, x, spec, known)
   return found[0]
 
 
@@ -389,6 +390,8 @@ def test_blocks_are_smaller_where_a_mask_or_arrays_want_it():
   size = lambda chosen: chosen.forward.q * chosen.forward.k
   assert size(window) < size(causal) <= size(full) == size(long)
   assert min(window.forward.q, window.forward.k) >= 512
+  packed = cuts(AttentionSpec(mask=masks.Causal() & SAME), 2**15, traced=True)
+  assert size(packed) < size(long)
   bias = transforms.Add(jax.ShapeDtypeStruct((1, 4, 4096, 4096), jnp.float32))
   biased = cuts(AttentionSpec(transforms=(bias,)))
   assert biased.backward.q * biased.backward.k <= 2**19

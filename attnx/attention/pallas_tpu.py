@@ -33,6 +33,7 @@ from pallas_kernels.visits import Operand
 
 LIST = 60_000  # tiles of a plan that the scalar memory of a chip holds, 1 MiB
 START = 0.15 * 2**20  # pairs of a tile that take as long as what is around its pieces
+TEXT = 4096  # tokens of a text, where nobody knows before the call which tokens meet
 
 
 def partial(
@@ -79,28 +80,28 @@ def cut(spec: AttentionSpec, q, v, q_tokens, k_tokens, handed: Handed) -> Chosen
   """How the kernels cut a call: as the table of the chip says, and smaller where
 
   a mask leaves less to visit in smaller tiles, down to 512, and what it leaves is worth more than
-  the start of a tile; or tables are looked up in, whose rows are wide: as many queries as have rows
-  within 1 MiB, and pieces of 128 x 256. A few queries read all heads of a tile at once.
+  the start of a tile (TEXT stands for masks and tokens that are traced); or tables are looked up
+  in, whose rows are wide: as many queries as have rows within 1 MiB, and pieces of 128 x 256. A few
+  queries read all heads of a tile at once.
   """
   (T, H), (S, V) = q.shape[1::2], v.shape[1::2]
   dense = sum(x.shape[2:] != (1, 1) for x, pairs in handed.operands if pairs)
   blocks = choose(T, S, H, V, q.dtype, pairs=dense)
   q_size, k_size = blocks.forward.q, blocks.forward.k
   traced = lambda x: isinstance(x, jax.core.Tracer)
-  if not any(map(traced, jax.tree.leaves((spec.mask, q_tokens, k_tokens)))):
-    left = lambda size: plans.outcome(spec.mask, q_tokens, k_tokens, *size).pairs
-    sizes = itertools.product(_halves(q_size), _halves(k_size))
-    q_size, k_size = min(sizes, key=lambda size: left(size) * (1 + START / math.prod(size)))
+  left: Any = lambda size: plans.outcome(spec.mask, q_tokens, k_tokens, *size).pairs
+  if any(map(traced, jax.tree.leaves((spec.mask, q_tokens, k_tokens)))):
+    left = lambda size: TEXT + sum(size)  # keys that a line of queries visits
+  sizes = itertools.product(_halves(q_size), _halves(k_size))
+  q_size, k_size = min(sizes, key=lambda size: left(size) * (1 + START / math.prod(size)))
   if T <= FEW:
     k_size = min(k_size, block_of(q, v, S, heads=heads_of(v.shape[2])))
   tables = [x for x, pairs in handed.operands if not pairs and x.shape[3] > 1]
   width = sum(x.shape[3] for x in tables if x.shape[2] > 1)
   q_size = min(q_size, max(128, 2**20 // (4 * max(width, 1)) // 128 * 128))
-  rows, columns = (128, 256) if tables else (q_size, k_size)
-  smaller = lambda b: dict(rows=min(b.rows, rows), columns=min(b.columns, columns))
-  return Chosen(*(
-    tuned.cut(q_size, k_size, dataclasses.asdict(b) | smaller(b)) for b in blocks
-  ))  # fmt: skip
+  most = dict(rows=128, columns=256) if tables else {}
+  pieces = lambda b: {name: min(x, most.get(name, x)) for name, x in dataclasses.asdict(b).items()}
+  return Chosen(*(tuned.cut(q_size, k_size, pieces(b)) for b in blocks))
 
 
 def _halves(size: int) -> list[int]:
