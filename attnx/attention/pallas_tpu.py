@@ -115,7 +115,8 @@ def summary(spec: AttentionSpec, q, k, v, q_tokens: Tokens, k_tokens: Tokens) ->
   handed, _ = outlined(spec, q, q_tokens, k_tokens)
   blocks = cut(spec, q, v, q_tokens, k_tokens, handed).forward
   outcome = plans.outcome(spec.mask, q_tokens, k_tokens, blocks.q, blocks.k)
-  pieces = f"{blocks.rows} x {blocks.columns}, {blocks.ahead} ahead"
+  lying = ", sums lying" if blocks.lying else ""
+  pieces = f"{blocks.rows} x {blocks.columns}, {blocks.ahead} ahead{lying}"
   return dataclasses.replace(outcome, pieces=pieces)
 
 

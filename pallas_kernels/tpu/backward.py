@@ -160,6 +160,7 @@ def gradients(
     t, g = pl.program_id(2), pl.program_id(3)
     b, n = pl.program_id(0) + batch[t], pl.program_id(1) * group + g
     facts = facts_of(facts_refs, side, blocks, b, n, turned=sums.turned)
+    given = leading(algebra, facts(0, 0), blocks, call.H, q.dtype) if blocks.lying else 1.0
     held = sums.Held(*own)
     begins, ends = (t == 0) & (g == 0), (t == pl.num_programs(2) - 1) & (g == group - 1)
     there = total.at[b, n, pl.ds(pl.multiple_of(at[t] * blocks.q, blocks.q), blocks.q)]
@@ -177,7 +178,7 @@ def gradients(
         ref[...] = jnp.zeros(ref.shape, F32)
       if sums.turned:
         stand(facts_refs[1], side)
-      sums.begin(held, facts, k_ref)
+      sums.begin(held, given, k_ref)
 
     def midway():
       store.wait()
@@ -188,8 +189,8 @@ def gradients(
         stand(facts_refs[0], side)
       held.dq[...] = jnp.zeros(held.dq.shape, F32)
       sums.enter(held, q_ref, rows_ref, grad_ref)
-      given, pieces = sums.factor(facts), blocks.pieces()
-      start = functools.partial(sums.start, held, facts, q_ref, k_ref, v_ref, grad_ref)
+      pieces = blocks.pieces()
+      start = functools.partial(sums.start, held, given, q_ref, k_ref, v_ref, grad_ref)
       for number, ((r, c), of) in enumerate(ahead(pieces, start, blocks.ahead)):
         if number == len(pieces) // 2:
           midway()
@@ -199,7 +200,7 @@ def gradients(
         both = edited.astype(q.dtype), products.astype(q.dtype)
         sums.add(held, r, c, *both, q_ref, k_ref, grad_ref)
       fetch.wait()
-      block[...] += sums.moved(held, facts)
+      block[...] += sums.moved(held, given)
       store.start()
 
     by_kind(flags[t], visit, whole, some)
@@ -207,7 +208,7 @@ def gradients(
 
     @pl.when(((flags[t] & LAST) > 0) & (g == group - 1))
     def _():
-      sums.write(held, facts, dk_ref, dv_ref)
+      sums.write(held, given, dk_ref, dv_ref)
 
   inputs = (eight(q_side), eight(k_side), *operands, q, k, v, rows, grad)
   dk, dv, dq = run(
@@ -249,8 +250,8 @@ class _Standing:
     (H, V), blocks = (self.call.H, self.call.V), self.blocks
     return [pltpu.VMEM(shape, F32) for shape in ((blocks.q, H), (blocks.k, H), (blocks.k, V))]
 
-  def begin(self, held, facts, k_ref) -> None:
-    """Before the first tile of a block of keys."""
+  def begin(self, held, given: float, k_ref) -> None:
+    """Before the first tile of a block of keys, which are multiplied by `given` for products."""
 
   def enter(self, held, q_ref, rows_ref, grad_ref) -> None:
     """Before a tile."""
@@ -260,11 +261,7 @@ class _Standing:
     row = rows_ref[which : which + 1, r : r + self.blocks.rows]
     return row if self.turned else _column(row)
 
-  def factor(self, facts) -> float:
-    """What products that `start` gives have been multiplied by."""
-    return 1.0
-
-  def start(self, held, facts, q_ref, k_ref, v_ref, grad_ref, r: int, c: int):
+  def start(self, held, given: float, q_ref, k_ref, v_ref, grad_ref, r: int, c: int):
     """Products of queries and keys, and of cotangents and values."""
     rows, columns = pl.ds(r, self.blocks.rows), pl.ds(c, self.blocks.columns)
     pairs = (q_ref[rows], k_ref[columns]), (grad_ref[rows], v_ref[columns])
@@ -278,11 +275,11 @@ class _Standing:
     held.dk[columns] += dot(products, q_ref[rows], (1 - key, 0))
     held.dv[columns] += dot(edited, grad_ref[rows], (1 - key, 0))
 
-  def moved(self, held, facts) -> jax.Array:
+  def moved(self, held, given: float) -> jax.Array:
     """dq of the tile, (Q, H)."""
     return held.dq[...]
 
-  def write(self, held, facts, dk_ref, dv_ref) -> None:
+  def write(self, held, given: float, dk_ref, dv_ref) -> None:
     """dk and dv, after the last tile."""
     dk_ref[...] = held.dk[...].astype(dk_ref.dtype)
     dv_ref[...] = held.dv[...].astype(dv_ref.dtype)
@@ -316,10 +313,10 @@ class _Lying(_Standing):
     lying = [pltpu.VMEM(shape, self.dtype) for shape in ((H, q), (V, q), (H, k))]
     return [*sums, *lying, pltpu.VMEM((2, q, LANES), F32), *scaled]
 
-  def begin(self, held, facts, k_ref):
+  def begin(self, held, given, k_ref):
     held.keys[...] = k_ref[...].T
-    if (factor := self.factor(facts)) != 1:
-      held.scaled[...] = parts(k_ref[...], factor)
+    if given != 1:
+      held.scaled[...] = parts(k_ref[...], given)
 
   def enter(self, held, q_ref, rows_ref, grad_ref):
     held.queries[...] = q_ref[...].T
@@ -329,13 +326,10 @@ class _Lying(_Standing):
   def told(self, held, rows_ref, which, r):
     return wide(held.rows[which, pl.ds(r, self.blocks.rows)], self.blocks.columns)
 
-  def factor(self, facts):
-    return leading(self.algebra, facts(0, 0), self.blocks, self.call.H, self.dtype)
-
-  def start(self, held, facts, q_ref, k_ref, v_ref, grad_ref, r, c):
+  def start(self, held, given, q_ref, k_ref, v_ref, grad_ref, r, c):
     rows, columns = pl.ds(r, self.blocks.rows), pl.ds(c, self.blocks.columns)
     queries, keys = q_ref[rows], k_ref[columns]
-    if self.factor(facts) != 1:
+    if given != 1:
       queries, keys = jnp.concatenate([queries, queries], axis=1), held.scaled[columns]
     return dot(queries, keys, (1, 1)), dot(grad_ref[rows], v_ref[columns], (1, 1))
 
@@ -346,11 +340,11 @@ class _Lying(_Standing):
     held.dk[columns] += dot(held.queries[rows], products, (1, 0))
     held.dv[columns] += dot(held.grads[rows], edited, (1, 0))
 
-  def moved(self, held, facts):
-    return held.dq[...].T * self.factor(facts)
+  def moved(self, held, given):
+    return held.dq[...].T * given
 
-  def write(self, held, facts, dk_ref, dv_ref):
-    dk_ref[...] = (held.dk[...].T * self.factor(facts)).astype(dk_ref.dtype)
+  def write(self, held, given, dk_ref, dv_ref):
+    dk_ref[...] = (held.dk[...].T * given).astype(dk_ref.dtype)
     dv_ref[...] = held.dv[...].T.astype(dv_ref.dtype)
 
 

@@ -82,6 +82,7 @@ def forward(
     t = pl.program_id(2)
     b, n = pl.program_id(0) + batch[t], pl.program_id(1)
     facts = facts_of(facts_refs, side, blocks, b, n, turned=sums.turned)
+    given = leading(algebra, facts(0, 0), blocks, call.H, q.dtype) if sums.turned else 1.0
     held = sums.Held(*own)
 
     @pl.when((flags[t] & FIRST) > 0)
@@ -92,14 +93,14 @@ def forward(
       full[0] = 0
       if not sums.turned:
         stand(facts_refs[0], side)
-      sums.begin(held, facts, q_ref)
+      sums.begin(held, given, q_ref)
 
     def visit(masked: bool):
       if algebra.counts and not masked:
         full[0] += blocks.k
       if sums.turned and (masked or asks(algebra, facts(0, 0), (blocks.columns, blocks.rows))):
         stand(facts_refs[1], side)
-      sums.add(held, facts, masked, q_ref, k_ref, v_ref)
+      sums.add(held, facts, masked, given, q_ref, k_ref, v_ref)
 
     by_kind(flags[t], visit, whole, some)
 
@@ -141,11 +142,14 @@ class _Sums:
     """What holds the arrays of `Held`."""
     raise NotImplementedError
 
-  def begin(self, held, facts, q_ref) -> None:
-    """Before the first tile, when there is nothing yet."""
+  def begin(self, held, given: float, q_ref) -> None:
+    """Before the first tile, when there is nothing yet; `given` is as for `add`."""
 
-  def add(self, held, facts, masked: bool, q_ref, k_ref, v_ref) -> None:
-    """merge(seen, visit(piece)) for every piece of a tile."""
+  def add(self, held, facts, masked: bool, given: float, q_ref, k_ref, v_ref) -> None:
+    """merge(seen, visit(piece)) for every piece of a tile.
+
+    Queries are to be multiplied by `given` ahead of products, which then leave that out.
+    """
     raise NotImplementedError
 
   def write(self, held, out_ref, stats_ref) -> None:
@@ -168,10 +172,10 @@ class _Standing(_Sums):
     statistic = pltpu.VMEM((self.blocks.q, LANES), F32)
     return [pltpu.VMEM((self.blocks.q, self.call.V), F32), *[statistic] * 3]
 
-  def begin(self, held, facts, q_ref):
+  def begin(self, held, given, q_ref):
     held.mass[...] = jnp.zeros(held.mass.shape, F32)
 
-  def add(self, held, facts, masked, q_ref, k_ref, v_ref):
+  def add(self, held, facts, masked, given, q_ref, k_ref, v_ref):
     R, C, algebra = self.blocks.rows, self.blocks.columns, self.algebra
     products = lambda r, c: dot(q_ref[pl.ds(r, R)], k_ref[pl.ds(c, C)], (1, 1))
     for (r, c), product in ahead(self.blocks.pieces(), products, self.blocks.ahead):
@@ -233,31 +237,26 @@ class _Lying(_Sums):
       held((SUBLANES, blocks.q), F32), held((self.up + PACKED, blocks.k), dtype), *queries,
     ]  # fmt: skip
 
-  def begin(self, held, facts, q_ref):
+  def begin(self, held, given, q_ref):
     rows = lax.broadcasted_iota(jnp.int32, held.values.shape, 0)
     held.values[...] = jnp.where(rows == self.up, 1.0, 0.0).astype(self.dtype)
-    if (factor := self.factor(facts)) != 1:
-      held.queries[...] = parts(q_ref[...], factor)
+    if given != 1:
+      held.queries[...] = parts(q_ref[...], given)
 
-  def factor(self, facts) -> float:
-    """What `queries` have been multiplied by."""
-    return leading(self.algebra, facts(0, 0), self.blocks, self.call.H, self.dtype)
-
-  def add(self, held, facts, masked, q_ref, k_ref, v_ref):
+  def add(self, held, facts, masked, given, q_ref, k_ref, v_ref):
     R, C, algebra = self.blocks.rows, self.blocks.columns, self.algebra
-    factor = self.factor(facts)
     held.values[: self.call.V] = v_ref[...].T
     top = self.up + (PACKED if self.adds else 0)
 
     def products(r, c):
       rows, keys = pl.ds(r, R), k_ref[pl.ds(c, C)]
-      if factor == 1:
+      if given == 1:
         return dot(keys, q_ref[rows], (1, 1))
       return dot(jnp.concatenate([keys, keys], axis=1), held.queries[rows], (1, 1))
 
     for (r, c), product in ahead(self.blocks.pieces(), products, self.blocks.ahead):
       rows, of = pl.ds(r, R), facts(r, c)
-      scores, visible, told = algebra.masked(product, of, masked, given=factor)
+      scores, visible, told = algebra.masked(product, of, masked, given=given)
       origin, shrunk = jnp.zeros((1, R), F32), 1.0
       if algebra.height is not None:
         at = (slice(None), rows)
