@@ -53,14 +53,6 @@ PEAK_PER_PRODUCT = dict(v5e=512, v5p=512, v6e=128, tpu7x=128)
 PRODUCTS = dict(forward=2, dq=3, dkv=4, fused=5)
 OURS = dict(forward=0, fused=1)  # the place of a kernel in `tables.Chosen`
 DIRECTIONS = ("forward", "backward")
-LARGER = {  # blocks that compile for minutes, for which they are in no table
-  **dict.fromkeys(
-    ("v5e", "v5p"), [[2048, 2048, 128, 1024, 1, False], [2048, 2048, 512, 1024, 0, False]]
-  ),
-  **dict.fromkeys(
-    ("v6e", "tpu7x"), [[2048, 2048, 256, 256, 7, True], [2048, 2048, 512, 256, 2, True]]
-  ),
-}
 PARTS = dict(forward=1, fused=2)  # regions that a body of ours has: copies are begun between two
 MASKED = ("causal", "local", "segments")  # masks that leave some tiles crossed
 LONG, LONG_CHIP = 2**15, "v6e"  # where memory is read
@@ -90,10 +82,9 @@ def own_blocks(chip: str, length: int = cases.T) -> list[list[int]]:
 def settings(series: str, chips: list[str]) -> list[dict[str, Any]]:
   """All block sizes with the full mask and the other masks with one; attnx's as its tables say."""
   if series == "attnx":
-    plans = [(mask, own_blocks) for mask in cases.MASKS] + [("full", LARGER.__getitem__)]
     return [
-      dict(series=series, chip=chip, direction=direction, mask=mask, blocks=blocks(chip))
-      for chip, direction, (mask, blocks) in itertools.product(chips, DIRECTIONS, plans)
+      dict(series=series, chip=chip, direction=direction, mask=mask, blocks=own_blocks(chip))
+      for chip, direction, mask in itertools.product(chips, DIRECTIONS, cases.MASKS)
     ]
   peers = [mask for mask in cases.MASKS if mask not in ("full", "alibi")]  # they have no ALiBi
   plans = [("forward", "full", blocks) for blocks in BLOCKS["forward"]]
