@@ -147,25 +147,42 @@ def test_edits_draw_the_bits_of_the_reference():
   assert_reference(spec, arguments(), *TOKENS)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "bias"])
+def rotary_bias(width: int):
+  how = dict(num_heads=2, head_dim=width, rngs=nnx.Rngs(0))
+  return registry.build("transforms", "rotary_bias", **how)
+
+
+def test_heads_that_a_bias_makes_too_wide_are_refused():
+  qkv = arguments(192, 128)
+  wide, less = (AttentionSpec(transforms=(rotary_bias(width),)) for width in (192, 64))
+  assert "up to 256, got H=384" in mosaic_gpu.unfit(*qkv, wide)
+  assert mosaic_gpu.summary(wide, *qkv, *TOKENS) is None
+  assert mosaic_gpu.unfit(*qkv, less) is None
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "bias", "rotary"])
 def test_gradients_are_those_of_the_reference(name):
   """The seams between the kernels: each has tests of its own."""
   qkv = arguments(lengths=(70, 60))
   tokens = Tokens.of_length(70, offset=30), Tokens.of_length(60)
   rng = np.random.default_rng(4)
-  bias = jnp.asarray(rng.standard_normal((1, 1, 70, 60)), jnp.float32)
+  bias = transforms.Add(jnp.asarray(rng.standard_normal((1, 1, 70, 60)), jnp.float32))
+  if name == "rotary":
+    bias = jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape), rotary_bias(32))
+    assert mosaic_gpu.unfit(*qkv, AttentionSpec(transforms=(bias,))) is None
 
   def loss(partial, qkv, bias):
     spec = SPECS["sigmoid"]
-    if name == "bias":
-      spec = AttentionSpec(mask=CAUSAL, transforms=(transforms.Add(bias),))
+    if name != "sigmoid":
+      spec = AttentionSpec(mask=CAUSAL, transforms=(bias,))
     p = partial(*qkv, spec, *tokens)
     return jnp.sin(spec.finish(p)).sum() + (jnp.log1p(p.mass).sum() if name == "sigmoid" else 0.0)
 
   with jax.enable_x64(True):
     wide = tuple(jnp.asarray(x, jnp.float64) for x in qkv)
     exact = functools.partial(loss, reference.partial)
-    expected = jax.grad(exact, argnums=(0, 1))(wide, jnp.asarray(bias, jnp.float64))
+    exactly = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), bias)
+    expected = jax.grad(exact, argnums=(0, 1))(wide, exactly)
   run = functools.partial(mosaic_gpu.partial, blocks=BLOCKS, interpret=INTERPRET)
   actual = jax.jit(jax.grad(functools.partial(loss, run), argnums=(0, 1)))(qkv, bias)
   assert_near(actual, expected, 2**-8)

@@ -126,6 +126,18 @@ def test_pieces_and_what_is_started_ahead_change_nothing(pieces, lying):
   assert_near(run(kernel(cut), spec, qkv, *tokens), exact(spec, qkv, *tokens), 2e-6)
 
 
+@pytest.mark.parametrize("pieces", [(256, 128, 1), (128, 256, 1)], ids=str)
+def test_pieces_that_are_not_square_are_told_where_they_are(pieces):
+  """Of bfloat16 heads of 128, whose factor is on queries and keys where sums lie."""
+  cut = Chosen(*[Blocks(256, 256, *pieces, True)] * 2)
+  spec, qkv = BFLOAT16["biased"], arguments(128, 64, jnp.bfloat16, lengths=(300, 500))
+  tokens = Tokens.of_length(300, offset=200), Tokens.of_length(500)
+  actual = run(kernel(cut), spec, qkv, *tokens)
+  expected = exact(spec, tuple(x.astype(jnp.float32) for x in qkv), *tokens)
+  assert_near(actual[1], expected[1], 2**-8)
+  assert_near(actual[0], expected[0], 8 * 2**-8)
+
+
 @both
 @pytest.mark.parametrize("mode", ["on_wait", "eager"])
 @pytest.mark.parametrize("mask", [masks.Window(100), masks.Window(100) & SAME], ids=["", "empty"])
@@ -148,6 +160,9 @@ BFLOAT16 = {
   ),
   "relu": AttentionSpec(mask=masks.Causal(), normaliser=registry.build("normalisers", "relu")),
   "cog": AttentionSpec(mask=masks.Causal(), normaliser=registry.build("normalisers", "cog")),
+  "widened": AttentionSpec(
+    mask=masks.Causal(), transforms=(instance("transforms", "rotary_bias"),)
+  ),
 }
 
 
@@ -186,7 +201,8 @@ def test_the_kernel_divides_and_rounds_where_weights_rescale(name, dtype, cut, m
     expected = reference.partial(*wide([x.astype(np.float32) for x in qkv]), spec, *tokens)
   p, expected = jax.tree.map(np.asarray, (p, expected))
   total = lambda p: p.mass * np.exp(np.where(np.isneginf(p.peak), 0.0, p.peak))
-  rounded = cut is LYING and dtype == jnp.bfloat16 and name != "cog"  # the mass is of such weights
+  weights = cut is LYING and name != "cog"  # the mass is of rounded ones
+  rounded = dtype == jnp.bfloat16 and (weights or name == "widened")  # as what is appended to q is
   assert_near(total(p), total(expected), 2**-9 if rounded else 4e-6)
   np.testing.assert_array_equal(p.mass == 0, expected.mass == 0)
   assert (name != "softmax") or (p.mass == 0).any()
@@ -307,7 +323,8 @@ def test_explain_tells_the_tiles_of_the_kernel_and_how_it_cuts_them():
 
 FEW = [("masks", "causal"), ("masks", "sink_window"), ("masks", "top_k_blocks"),
        ("transforms", "alibi"), ("transforms", "t5_bias"), ("transforms", "music_relative"),
-       ("normalisers", "relu"), ("normalisers", "sink"), ("edits", "dropout")]  # fmt: skip
+       ("transforms", "rotary_bias"), ("normalisers", "relu"), ("normalisers", "sink"),
+       ("edits", "dropout")]  # fmt: skip
 
 
 @pytest.mark.parametrize("entry", FEW, ids="-".join)

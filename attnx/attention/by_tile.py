@@ -83,10 +83,8 @@ def algebra(
 
 def widened(spec: AttentionSpec, q: jax.Array, k: jax.Array, *tokens: Tokens) -> tuple:
   """`Transform.widened` of the first transform; of shapes of q and k, if there are no tokens."""
-  if not spec.transforms:
-    return q, k, spec
-  if tokens:
-    return spec.transforms[0].widened(spec, q, k, *tokens)
+  if tokens or not spec.transforms:
+    return spec.transforms[0].widened(spec, q, k, *tokens) if spec.transforms else (q, k, spec)
   found = []
 
   def wide(q, k):

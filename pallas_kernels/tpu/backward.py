@@ -185,7 +185,7 @@ def gradients(
       fetch.start()
 
     def visit(masked: bool):
-      if not sums.turned and (masked or asks(algebra, facts(0, 0), (blocks.rows, blocks.columns))):
+      if not sums.turned and (masked or asks(algebra, facts(0, 0), blocks)):
         stand(facts_refs[0], side)
       held.dq[...] = jnp.zeros(held.dq.shape, F32)
       sums.enter(held, q_ref, rows_ref, grad_ref)

@@ -98,7 +98,7 @@ def forward(
     def visit(masked: bool):
       if algebra.counts and not masked:
         full[0] += blocks.k
-      if sums.turned and (masked or asks(algebra, facts(0, 0), (blocks.columns, blocks.rows))):
+      if sums.turned and (masked or asks(algebra, facts(0, 0), blocks)):
         stand(facts_refs[1], side)
       sums.add(held, facts, masked, given, q_ref, k_ref, v_ref)
 

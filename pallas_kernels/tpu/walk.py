@@ -29,8 +29,8 @@ class Blocks:
     q, k: queries and keys of a tile, which move from HBM at once; multiples of 128.
     rows, columns: of a piece of a tile, which is computed at once; they divide q and k.
     ahead: pieces whose products are started before they are needed.
-    lying: whether sums are (V, Q) and (H, K), tokens along lanes, if the algebra turns: a head of
-      128 fills only half of the columns of a matrix unit of 256, and tokens fill all.
+    lying: whether sums are (V, Q) and (H, K), tokens along lanes, in the forward kernel only if the
+      algebra turns: a head of 128 fills but half of the columns of a matrix unit of 256.
   """
 
   q: int = 512
@@ -186,6 +186,12 @@ def ahead(pieces: list, start: Callable, count: int) -> Iterator[tuple]:
     yield piece, queue.pop(0)
 
 
+def piece_of(blocks: Blocks, turned: bool) -> jax.ShapeDtypeStruct:
+  """A piece of a tile of (Q, K), or (K, Q)."""
+  shape = (blocks.columns, blocks.rows) if turned else (blocks.rows, blocks.columns)
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
 def doubled(H: int, dtype: Any) -> bool:
   """Whether the rows of a matrix unit of 256 have room for two parts of what is H wide."""
   return dtype == jnp.bfloat16 and H % LANES == 0 and 2 * H <= DEPTH
@@ -196,8 +202,7 @@ def leading(algebra: Algebra, facts: Facts, blocks: Blocks, H: int, dtype: Any) 
 
   It is the factor that scores begin with, which each pair would else be multiplied by.
   """
-  tile = jax.ShapeDtypeStruct((blocks.columns, blocks.rows), jnp.float32)
-  return algebra.leading(tile, facts) if doubled(H, dtype) else 1.0
+  return algebra.leading(piece_of(blocks, facts.turned), facts) if doubled(H, dtype) else 1.0
 
 
 def parts(x: jax.Array, factor: float) -> jax.Array:
@@ -267,14 +272,14 @@ def weigh(algebra: Algebra, scores, visible, peak, mass, at) -> tuple[jax.Array,
   return weights, factor
 
 
-def asks(algebra: Algebra, of: Facts, shape: tuple[int, int]) -> bool:
+def asks(algebra: Algebra, of: Facts, blocks: Blocks) -> bool:
   """Whether scores or edits of a tile that no mask crosses read where the side that stands is."""
 
   def read(tile, side):
     here = of._replace(**{"k" if of.turned else "q": side})
     return algebra.score(tile, here), algebra.edited(tile, here)
 
-  tile, side = jax.ShapeDtypeStruct(shape, jnp.float32), of.k if of.turned else of.q
+  tile, side = piece_of(blocks, of.turned), of.k if of.turned else of.q
   traced = jax.make_jaxpr(read)(tile, side).jaxpr
   atoms = [atom for eqn in traced.eqns for atom in eqn.invars] + traced.outvars
   return any(field is atom for field in traced.invars[1:] for atom in atoms)

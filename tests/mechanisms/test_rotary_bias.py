@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from specs import CLOSE, SAME, assert_close, inputs, instance, packed, wide
 
 from attnx.attention import AttentionSpec, masks, reference, transforms
 from attnx.core import registry
 from attnx.core.tokens import Tokens
 from attnx.nn.rotary import angles, frequencies, rotate
 
-N, R = 3, 8
+N, R, NAME = 3, 8, "rotary_bias"
 
 
 def build(width=R):
@@ -77,6 +78,35 @@ def test_wider_queries_and_keys_have_it_in_their_products():
   )
   with jax.default_matmul_precision("highest"):
     chex.assert_trees_all_close(widened(q, k, bias), as_it_is(q, k, bias), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_packed_rows_padding_and_shared_keys_are_widened_exactly(seed):
+  spec = AttentionSpec(mask=masks.Causal() & SAME, transforms=(instance("transforms", NAME),))
+  tokens = packed(5, seed), packed(7, seed)  # in order, and shuffled
+  assert (tokens[0].position < 0).any()
+
+  def wider(q, k, v, spec, *tokens):
+    q, k, spec = spec.transforms[0].widened(spec, q, k, *tokens)
+    assert not spec.transforms
+    return reference.partial(q, k, v, spec, *tokens)
+
+  def pulled(partial):
+    loss = lambda qkv, s: jnp.sin(s.finish(partial(*qkv, s, *tokens))).sum()
+    return jax.value_and_grad(loss, (0, 1))(inputs(5, 7), wide(spec))
+
+  with jax.enable_x64(True):
+    assert_close(pulled(wider), pulled(reference.partial), **CLOSE)
+
+
+def test_a_scale_that_nothing_can_be_divided_by_leaves_it():
+  q, tokens = jnp.ones((1, 4, N, 6)), [Tokens.of_length(4)] * 2
+  width = lambda scale: build().widened(
+    AttentionSpec(transforms=(build(),), scale=scale), q, q, *tokens
+  )[0].shape[-1]  # fmt: skip
+  traced = []
+  jax.jit(lambda scale: traced.append(width(scale)))(0.3)
+  assert [width(0.3), width(0.0), *traced] == [6 + R, 6, 6]
 
 
 def test_it_stays_where_another_transform_multiplies_queries():

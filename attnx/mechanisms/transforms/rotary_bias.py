@@ -42,12 +42,15 @@ class RotaryBias(Transform):
   def widened(self, spec, q, k, *tokens):
     """scale * [q, at / scale] [k, of]^T, with at (#B, T, N, R) and of (#B, S, 1, R), rounded as q.
 
-    Where a later transform has a table, which it makes of queries, nothing changes.
+    In bfloat16 that costs what the rounding of q and k costs: 2^-8 of a product. Where a later
+    transform has a table, which it makes of queries, or the scale is zero or traced, nothing
+    changes.
     """
     N, scale = q.shape[2], spec.factor(q.shape[3])
     rest = spec.transforms[1:]
     looks = any(type(transform).table is not Transform.table for transform in rest)
-    if looks or scale == 0 or self.alpha.shape[0] != N:
+    known = not isinstance(scale, jax.core.Tracer)
+    if looks or not known or scale == 0 or self.alpha.shape[0] != N:
       return q, k, spec
     q_tokens, k_tokens = tokens
     dtype = jnp.promote_types(q.dtype, jnp.float32)
