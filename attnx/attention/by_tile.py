@@ -14,6 +14,7 @@ import numpy as np
 from attnx.attention.handed import Handed, outlined
 from attnx.attention.normalisers import Softmax
 from attnx.attention.spec import AttentionSpec
+from attnx.attention.transforms import Transform
 from attnx.core.lookup import Table
 from attnx.core.tokens import Tokens
 from pallas_kernels.algebra import Algebra, Facts, Side, softmax
@@ -83,12 +84,12 @@ def algebra(
 
 def widened(spec: AttentionSpec, q: jax.Array, k: jax.Array, *tokens: Tokens) -> tuple:
   """`Transform.widened` of the first transform; of shapes of q and k, if there are no tokens."""
-  if tokens or not spec.transforms:
-    return spec.transforms[0].widened(spec, q, k, *tokens) if spec.transforms else (q, k, spec)
-  found = []
+  first, found = next(iter(spec.transforms), Transform()), []
+  if tokens:
+    return first.widened(spec, q, k, *tokens)
 
   def wide(q, k):
-    *both, rest = widened(spec, q, k, *(Tokens.of_length(x.shape[1]) for x in (q, k)))
+    *both, rest = first.widened(spec, q, k, *(Tokens.of_length(x.shape[1]) for x in (q, k)))
     found.append(rest)
     return both
 
