@@ -29,11 +29,12 @@ class Transform:
     del query
     return None
 
-  def widened(self, spec: Any, q: jax.Array, k: jax.Array, *tokens: Tokens) -> Any:
+  def widened(self, spec: Any, q: jax.Array, k: jax.Array, *tokens: Tokens, head: Any = 0) -> Any:
     """(q, k, spec) of the same attention where this transform, the first of a spec, is in q and k.
 
     For what adds products of a vector of the query and one of the key: they are appended to q and
     k, and kernels, which have no products but those, read wider heads. By default nothing changes.
+    The heads of q are those from `head` on.
     """
     return q, k, spec
 

@@ -132,6 +132,9 @@ class NumberedTransform(Numbered, Transform):
       return table
     return jax.lax.dynamic_slice_in_dim(table, self.head, N, axis=2)  # of all heads, those here
 
+  def widened(self, spec, q, k, *tokens, head=0):
+    return self.inner.widened(spec, q, k, *tokens, head=self.head + head)
+
 
 @struct.dataclass
 class NumberedReadout(Numbered, Readout):

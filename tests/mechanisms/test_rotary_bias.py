@@ -1,8 +1,5 @@
 """Rotary bias."""
 
-import dataclasses
-
-import chex
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -14,6 +11,7 @@ from attnx.attention import AttentionSpec, masks, reference, transforms
 from attnx.core import registry
 from attnx.core.tokens import Tokens
 from attnx.nn.rotary import angles, frequencies, rotate
+from attnx.sharded.ulysses import numbered
 
 N, R, NAME = 3, 8, "rotary_bias"
 
@@ -57,38 +55,16 @@ def test_odd_widths_are_refused():
     build(7)
 
 
-def test_wider_queries_and_keys_have_it_in_their_products():
-  bias, rng = build(), np.random.default_rng(0)
-  q, k = (jnp.asarray(rng.standard_normal((2, n, heads, 6)), jnp.float32)
-          for n, heads in ((5, N), (7, 1)))  # fmt: skip
-  cap = transforms.SoftCap(3.0)
-  spec = AttentionSpec(mask=masks.Causal(), transforms=(bias, cap), scale=0.3)
-  tokens = Tokens.of_length(5, offset=9), Tokens.of_length(7, offset=8)
-  *wide, rest = bias.widened(spec, q, k, *tokens)
-  assert [x.shape[-1] for x in wide] == [6 + R] * 2 and rest.transforms == (cap,)
-
-  def loss(of, q, k, bias):
-    part = dataclasses.replace(spec, transforms=(bias, cap))
-    q, k, part = of(part, q, k)
-    return jnp.sin(reference.partial(q, k, k[..., :6], part, *tokens).out).sum()
-
-  as_it_is = jax.value_and_grad(lambda *x: loss(lambda s, q, k: (q, k, s), *x), (0, 1, 2))
-  widened = jax.value_and_grad(
-    lambda *x: loss(lambda s, q, k: s.transforms[0].widened(s, q, k, *tokens), *x), (0, 1, 2)
-  )
-  with jax.default_matmul_precision("highest"):
-    chex.assert_trees_all_close(widened(q, k, bias), as_it_is(q, k, bias), rtol=2e-5, atol=2e-6)
-
-
 @pytest.mark.parametrize("seed", [None, 1])
 def test_packed_rows_padding_and_shared_keys_are_widened_exactly(seed):
-  spec = AttentionSpec(mask=masks.Causal() & SAME, transforms=(instance("transforms", NAME),))
+  both = instance("transforms", NAME), transforms.SoftCap(3.0)
+  spec = AttentionSpec(mask=masks.Causal() & SAME, transforms=both, scale=0.3)
   tokens = packed(5, seed), packed(7, seed)  # in order, and shuffled
   assert (tokens[0].position < 0).any()
 
   def wider(q, k, v, spec, *tokens):
     q, k, spec = spec.transforms[0].widened(spec, q, k, *tokens)
-    assert not spec.transforms
+    assert spec.transforms == both[1:]
     return reference.partial(q, k, v, spec, *tokens)
 
   def pulled(partial):
@@ -107,6 +83,17 @@ def test_a_scale_that_nothing_can_be_divided_by_leaves_it():
   traced = []
   jax.jit(lambda scale: traced.append(width(scale)))(0.3)
   assert [width(0.3), width(0.0), *traced] == [6 + R, 6, 6]
+
+
+def test_heads_of_a_larger_call_are_widened_by_vectors_of_their_own():
+  bias, tokens = build(), [Tokens.of_length(4)] * 2
+  q = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, N, 6)), jnp.float32)
+  spec = AttentionSpec(transforms=(bias,))
+  whole, _, _ = bias.widened(spec, q, q[:, :, :1], *tokens)
+  part = numbered(spec, head=1)
+  some, _, rest = part.transforms[0].widened(part, q[:, :, 1:], q[:, :, :1], *tokens)
+  np.testing.assert_array_equal(some, whole[:, :, 1:])
+  assert not rest.transforms
 
 
 def test_it_stays_where_another_transform_multiplies_queries():

@@ -39,7 +39,7 @@ class RotaryBias(Transform):
     at, of = self._turned(q, k, scores.dtype)
     return scores + jnp.einsum("bntr,bnsr->bnts", at, of, precision="highest")
 
-  def widened(self, spec, q, k, *tokens):
+  def widened(self, spec, q, k, *tokens, head=0):
     """scale * [q, at / scale] [k, of]^T, with at (#B, T, N, R) and of (#B, S, 1, R), rounded as q.
 
     In bfloat16 that costs what the rounding of q and k costs: 2^-8 of a product. Where a later
@@ -50,11 +50,11 @@ class RotaryBias(Transform):
     rest = spec.transforms[1:]
     looks = any(type(transform).table is not Transform.table for transform in rest)
     known = not isinstance(scale, jax.core.Tracer)
-    if looks or not known or scale == 0 or self.alpha.shape[0] != N:
+    if looks or not known or scale == 0:
       return q, k, spec
-    q_tokens, k_tokens = tokens
-    dtype = jnp.promote_types(q.dtype, jnp.float32)
-    at, of = self._turned(q_tokens.rows(1, N), k_tokens.columns(), dtype)
+    dtype, rows = jnp.promote_types(q.dtype, jnp.float32), tokens[0].rows(1, N)
+    rows = dataclasses.replace(rows, head=rows.head + head)
+    at, of = self._turned(rows, tokens[1].columns(), dtype)
 
     def join(x, y):
       y = jnp.broadcast_to(jnp.swapaxes(y, 1, 2), (*x.shape[:3], y.shape[3]))
