@@ -9,6 +9,7 @@ Those of attnx are, once the tables of blocks say something else.
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 from importlib import metadata
 import itertools
@@ -53,7 +54,6 @@ PEAK_PER_PRODUCT = dict(v5e=512, v5p=512, v6e=128, tpu7x=128)
 PRODUCTS = dict(forward=2, dq=3, dkv=4, fused=5)
 OURS = dict(forward=0, fused=1)  # the place of a kernel in `tables.Chosen`
 DIRECTIONS = ("forward", "backward")
-PARTS = dict(forward=1, fused=2)  # regions that a body of ours has: copies are begun between two
 MASKED = ("causal", "local", "segments")  # masks that leave some tiles crossed
 LONG, LONG_CHIP = 2**15, "v6e"  # where memory is read
 MEMORY = [
@@ -125,11 +125,12 @@ def bodies_of(setting: dict[str, Any], kernel: str, regions: Regions) -> list[tu
 
 
 def own_bodies(setting: dict[str, Any], kernel: str, regions: Regions) -> list[tuple[float, int]]:
-  """Those of a kernel of attnx: a body computes a block of q x k scores."""
+  """Those of a kernel of attnx: a body computes a block of q x k scores, and may wait midway."""
   q, k, *_ = setting["blocks"][OURS[kernel]]
-  parts = [region["bundles"] for region in regions]
-  size = PARTS[kernel]
-  return [(q * k / TILE, sum(parts[n : n + size])) for n in range(0, len(parts), size)]
+  spent = collections.Counter[int]()
+  for part in regions:
+    spent[part["region"]] += part["bundles"]
+  return [(q * k / TILE, bundles) for bundles in spent.values()]
 
 
 def rows_of(setting: dict[str, Any], report: dict[str, Any]) -> list[dict[str, Any]]:
