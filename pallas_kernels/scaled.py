@@ -167,9 +167,8 @@ class _Fold:
   def of_leaf(self, factor: Any) -> jax.Array:
     """factor * x, where x has been multiplied by `given`."""
     self.asked.append(factor)
+    x = self.leaf.value
     if self.given != 1:
       assert float(factor) == self.given, (factor, self.given)
-      return self.leaf.value
-    return self.leaf.value if isinstance(factor, float) and factor == 1 else (
-      self.leaf.value * jnp.asarray(factor, self.leaf.aval.dtype)
-    )
+      return x
+    return x if isinstance(factor, float) and factor == 1 else x * jnp.asarray(factor, x.dtype)

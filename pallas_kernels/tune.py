@@ -39,6 +39,7 @@ import hashlib
 from importlib import metadata
 import itertools
 import json
+import operator
 import os
 import pathlib
 import re
@@ -64,6 +65,7 @@ PIECES = dict(
 BASE = (1024, 1024)  # the tile at which the search begins
 STARTS = [(512, 512, 0, False), (128, 1024, 2, False), (256, 512, 3, True)]
 NAMES = ("rows", "columns", "ahead", "lying")  # of what a start says
+pieces_of = operator.attrgetter(*NAMES)  # of blocks
 NEAR = 1.03  # of the least cost: tiles that the shapes after the first are tried at
 STEP = 300  # bundles of a grid step around its body, most of them scalar work for copies
 UNIT = 512 * 512
@@ -201,16 +203,15 @@ class Bench:
 
 def blocks_of(q: int, k: int, pieces: tuple[int, int, int, bool]) -> Blocks:
   """Blocks with these pieces, cut down to the tile; no more of them ahead than there are."""
-  rows, columns = min(q, pieces[0]), min(k, pieces[1])
-  return Blocks(q, k, rows, columns, min(pieces[2], q * k // (rows * columns) - 1), pieces[3])
+  rows, columns, ahead, lying = pieces
+  rows, columns = min(q, rows), min(k, columns)
+  return Blocks(q, k, rows, columns, min(ahead, q * k // (rows * columns) - 1), lying)
 
 
 def beside(cut: Blocks, name: str) -> list[Blocks]:
   """`cut` between its neighbours along one of PIECES."""
   asked = [dataclasses.asdict(cut) | {name: value} for value in PIECES[name]]
-  line = list(dict.fromkeys(
-    blocks_of(cut.q, cut.k, tuple(a[name] for name in NAMES)) for a in asked
-  ))  # fmt: skip
+  line = list(dict.fromkeys(blocks_of(cut.q, cut.k, operator.itemgetter(*NAMES)(a)) for a in asked))
   at = line.index(cut)
   return line[max(at - 1, 0) : at + 2]
 
@@ -273,10 +274,9 @@ def descent(bench: Bench, shape: Shape, q: int, k: int, starts: dict[str, Any]) 
   return Tile(q, k, {kernel: best(found[kernel]) for kernel in KERNELS})
 
 
-def pieces_of(tile: Tile) -> dict[str, Any]:
-  return {
-    kernel: tuple(getattr(cut, name) for name in NAMES) for kernel, (cut, _) in tile.chosen.items()
-  }
+def ends_of(tile: Tile) -> dict[str, list[Any]]:
+  """Where the search ended at a tile, as starts."""
+  return {kernel: [pieces_of(cut)] for kernel, (cut, _) in tile.chosen.items()}
 
 
 def search(bench: Bench, shape: Shape, like: Sequence[Tile] = ()) -> list[Tile]:
@@ -292,19 +292,18 @@ def search(bench: Bench, shape: Shape, like: Sequence[Tile] = ()) -> list[Tile]:
   starts = first = dict.fromkeys(KERNELS, STARTS)
   if told := known(bench.chip, shape):
     begin = (told["q"], told["k"])
-    starts = {n: [tuple(told[n][name] for name in NAMES)] for n in KERNELS}
+    starts = {n: [operator.itemgetter(*NAMES)(told[n])] for n in KERNELS}
   elif like:
     ended = settle(like)
     sizes = [(tile.q, tile.k) for tile in like if tile.cost <= NEAR * ended.cost]
-    begin, starts = (ended.q, ended.k), {n: [to] for n, to in pieces_of(ended).items()}
+    begin, starts = (ended.q, ended.k), ends_of(ended)
   base = descent(bench, shape, *begin, starts) or descent(bench, shape, *LEAST, first)
   if base is None:
     return []
   tiles = {(base.q, base.k): base} | others(bench, shape, base, sizes)
   done = {(base.q, base.k)}
   while (size := settle(tiles.values())[:2]) not in done:
-    ends = {kernel: [pieces] for kernel, pieces in pieces_of(tiles[size]).items()}
-    tiles[size] = descent(bench, shape, *size, ends) or tiles[size]
+    tiles[size] = descent(bench, shape, *size, ends_of(tiles[size])) or tiles[size]
     done.add(size)
   return list(tiles.values())
 
@@ -333,7 +332,7 @@ def others(
   for q, k in sorted(sizes, key=lambda size: size[0] * size[1]):
     if (q, k) == (base.q, base.k) or any(q >= least[0] and k >= least[1] for least in refused):
       continue
-    found = {n: bench.of(n, shape, [blocks_of(q, k, to)]) for n, to in pieces_of(base).items()}
+    found = {n: bench.of(n, shape, [blocks_of(q, k, to)]) for n, (to,) in ends_of(base).items()}
     if all(found.values()):
       tiles[q, k] = Tile(q, k, {kernel: best(found[kernel]) for kernel in KERNELS})
     else:
@@ -345,7 +344,7 @@ def entry_of(shape: Shape, tile: Tile) -> dict[str, Any]:
   """What the table of a chip holds of a shape."""
   entry: dict[str, Any] = dataclasses.asdict(shape) | dict(q=tile.q, k=tile.k)
   for kernel, (cut, told) in tile.chosen.items():
-    entry[kernel] = {name: getattr(cut, name) for name in NAMES} | told._asdict()
+    entry[kernel] = dict(zip(NAMES, pieces_of(cut))) | told._asdict()
   return entry | releases()
 
 
@@ -366,7 +365,7 @@ def shown(chip: str, shape: Shape, tiles: Sequence[Tile]) -> str:
   ]
   for kernel, (cut, told) in chosen.chosen.items():
     cells = (
-      kernel, *(getattr(cut, name) for name in NAMES), f"{told.bundles:.0f}", f"{told.mxu:.2f}",
+      kernel, *pieces_of(cut), f"{told.bundles:.0f}", f"{told.mxu:.2f}",
       f"{told.spills:.0f}", aot.size(told.vmem),
     )  # fmt: skip
     lines.append("  " + "".join(f"{cell:>11}" for cell in cells))

@@ -273,12 +273,12 @@ class _Lying(_Sums):
         held.count[:, rows] += eights(jnp.where(visible, 1.0, 0.0))
 
   def write(self, held, out_ref, stats_ref):
-    algebra, V, count = self.algebra, self.call.V, LANES
+    algebra, V = self.algebra, self.call.V
     stats_ref[COUNT : COUNT + 1] = jnp.sum(held.count[...], axis=0, keepdims=True)
 
-    @pl.loop(0, self.blocks.q // count)
+    @pl.loop(0, self.blocks.q // LANES)
     def _(at):
-      here = pl.ds(pl.multiple_of(at * count, count), count)
+      here = pl.ds(pl.multiple_of(at * LANES, LANES), LANES)
       total, out = jnp.sum(held.acc[self.up :, here], axis=0, keepdims=True), held.acc[:V, here]
       if algebra.height is not None:
         out = out / jnp.where(total > 0.0, total, 1.0)
